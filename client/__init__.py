@@ -1,0 +1,1 @@
+"""The program at a hospital: ClientApp, command line, data, training."""

@@ -1,0 +1,1 @@
+"""Images and labels of a site: manifests, readers, transforms."""

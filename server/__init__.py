@@ -1,0 +1,1 @@
+"""The coordinator: ServerApp, command line, checkpoints, metrics and report."""

@@ -1,0 +1,1 @@
+"""What the coordinator and the sites agree on: run configuration, records, strategies."""

@@ -1,0 +1,142 @@
+"""The hospital's command line: ``python -m client``.
+
+``--site NAME`` alone connects the site and stays up; the commands prepare it or look at it. Only
+parsing and one call each: the work is in the modules beside this one, imported when needed so that
+``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from strategies import cli
+from strategies.errors import ConfigError
+
+if TYPE_CHECKING:
+    from client.site_config import SiteConfig
+
+EXAMPLES = """examples:
+  python -m client init --site A             make the site's file and signing key
+  python -m client --site A --insecure       connect to a coordinator on this machine and train
+  python -m client audit --site A --verify   check the tamper-evident log
+"""
+
+
+def parser() -> cli.Parser:
+    """Return the command line's definition."""
+    common = cli.Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--site", metavar="NAME", help="the site's name")
+    common.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="its file (client/sites/NAME.toml)",
+    )
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    main = cli.Parser(
+        prog="python -m client",
+        description="The program at a hospital: trains on local images, sends signed updates.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common],
+    )
+    main.add_argument(
+        "--insecure",
+        action="store_true",
+        help="connect without TLS; refused unless the coordinator is on this machine (loopback)",
+    )
+    commands = main.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser(
+        "init", parents=[common], help="make the site's file, signing key and public key"
+    )
+    audit = commands.add_parser("audit", parents=[common], help="look at the site's audit log")
+    audit.add_argument("--verify", action="store_true", help="check the hash chain")
+    return main
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Run one command line; returns the exit code."""
+    options = parser().parse_args(arguments)
+    site = getattr(options, "site", None)
+    if site is None:
+        raise ConfigError("--site is missing", hint="python -m client --site A")
+    from client.site_config import site_file
+
+    path = site_file(site, getattr(options, "config", None))
+    if options.command == "init":
+        return _init(site, path)
+    if options.command == "audit":
+        return _audit(site, path, verify=options.verify)
+    return _run(site, path, insecure=options.insecure)
+
+
+def _init(site: str, path: Path) -> int:
+    from client.enrol import initialise
+
+    print(initialise(site, path))
+    return 0
+
+
+def _audit(site: str, path: Path, *, verify: bool) -> int:
+    from client.site_config import read_site_config
+    from strategies.audit import AuditLog
+
+    log = AuditLog(_named(read_site_config(path), site).state_dir / "audit.jsonl")
+    if verify:
+        print(f"audit log intact entries={log.verify()}")
+    elif log.path.exists():
+        print(log.path.read_text(), end="")
+    return 0
+
+
+def _run(site: str, path: Path, *, insecure: bool) -> int:
+    from client.site_config import is_loopback, read_site_config
+
+    config = _named(read_site_config(path), site)
+    if not insecure:
+        raise ConfigError(
+            f"superlink={config.superlink} without --insecure needs TLS, which this version "
+            "does not set up",
+            hint="on this machine (loopback) add --insecure",
+        )
+    if not is_loopback(config.superlink):
+        raise ConfigError(
+            f"--insecure with superlink={config.superlink}: refused, updates would cross the "
+            "network in the clear",
+            hint="--insecure is for 127.0.0.1, ::1 and localhost only",
+        )
+    import torch
+
+    from client.data.registry import load
+    from client.flower_runtime import run_node
+    from client.site import Site
+
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    runtime = Site(config, lambda: load(config.data, [site]))
+    # What can fail is tried before anybody relies on this site: key, data, device.
+    counts = runtime.class_counts()
+    print(
+        f"site={site} dataset={config.run_dataset} training_examples={counts.sum()} "
+        f"device={runtime.device.type} public_key={runtime.key_fingerprint}"
+    )
+    run_node(runtime)
+    return 0
+
+
+def _named(config: SiteConfig, site: str) -> SiteConfig:
+    """Refuse a file that belongs to another site."""
+    if config.site != site:
+        raise ConfigError(
+            f"--site {site} but the file says site={config.site!r}",
+            hint="name the right file with --config, or correct `site` in it",
+        )
+    return config
+
+
+if __name__ == "__main__":
+    cli.run(command, sys.argv[1:])

@@ -1,0 +1,58 @@
+"""The site's say: a run is checked against the hospital's limits before anything trains.
+
+Invariant: every rule either passes or raises :class:`RefusalError`; none changes the run. Reasons
+name the limit and the run's value, never data, because they leave the site.
+"""
+
+from __future__ import annotations
+
+from client.site_config import SiteConfig
+from strategies.errors import RefusalError
+from strategies.records import Instruction
+from strategies.run_config import RunConfig
+
+
+def check_run(site: SiteConfig, run: RunConfig, instruction: Instruction) -> None:
+    """Refuse what this hospital does not allow.
+
+    Raises:
+        RefusalError: With the first rule that the run breaks.
+    """
+    limits = site.limits
+    if instruction.federation != site.federation:
+        _refuse("other-federation", f"federation={instruction.federation!r} is not this site's")
+    if run.dataset != site.run_dataset:
+        _refuse("other-dataset", f"dataset={run.dataset!r} is not what this site holds")
+    if limits.require_privacy and run.privacy.mode == "off":
+        _refuse("privacy-required", "privacy.mode=off; this site requires differential privacy")
+    if limits.require_encryption and run.encryption.mode == "off":
+        _refuse("encryption-required", "encryption.mode=off; this site requires encryption")
+    if run.strategy.name not in limits.allowed_strategies:
+        _refuse("strategy-not-allowed", f"strategy.name={run.strategy.name} is not allowed here")
+    size = "custom" if run.model.depths else run.model.size
+    if size not in limits.allowed_sizes:
+        _refuse("size-not-allowed", f"model.size={size} is not allowed here")
+    if run.model.image_size > limits.max_image_size:
+        _refuse(
+            "image-too-large",
+            f"model.image-size={run.model.image_size}; limit {limits.max_image_size}",
+        )
+    if run.training.local_epochs > limits.max_local_epochs:
+        _refuse(
+            "too-much-work",
+            f"training.local-epochs={run.training.local_epochs}; limit {limits.max_local_epochs}",
+        )
+    if run.training.local_steps > limits.max_local_steps:
+        _refuse(
+            "too-much-work",
+            f"training.local-steps={run.training.local_steps}; limit {limits.max_local_steps}",
+        )
+    if instruction.task == "train" and instruction.server_round > run.num_server_rounds:
+        _refuse(
+            "round-out-of-range",
+            f"server-round={instruction.server_round}; num-server-rounds={run.num_server_rounds}",
+        )
+
+
+def _refuse(code: str, message: str) -> None:
+    raise RefusalError(code, message)

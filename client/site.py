@@ -1,0 +1,177 @@
+"""One site at run time: its file, keys, audit log and prepared data.
+
+Invariant: the ClientApp reaches data only through a :class:`Site` that this process registered; a
+node without one refuses. Images are read and prepared once per run shape, not once per round.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
+from torch import Tensor
+
+from client.data.manifest import ImageDataset
+from client.data.transforms import prepare
+from client.site_config import SiteConfig
+from strategies.audit import AuditLog
+from strategies.errors import ConfigError, RefusalError
+from strategies.files import write_atomic
+from strategies.identity import fingerprint, load_signing_key
+from strategies.run_config import ModelSection
+
+log = logging.getLogger(__name__)
+
+SIGNING_KEY = "signing.key"
+TEST_READS = "test-reads.json"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and labels of one split, ready for the network.
+
+    Attributes:
+        images: (n, c, s, s) float32 in [0, 1], before augmentation and normalisation.
+        labels: (n,) int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Site:
+    """A hospital's own objects.
+
+    Attributes:
+        config: Its file.
+        load: Reads its images; called once, at first need.
+    """
+
+    config: SiteConfig
+    load: Callable[[], ImageDataset]
+    _splits: dict[tuple[object, ...], Split] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.config.state_dir.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def name(self) -> str:
+        """Site name."""
+        return self.config.site
+
+    @cached_property
+    def signing_key(self) -> Ed25519PrivateKey:
+        """The site's private key; ``python -m client init`` made it."""
+        return load_signing_key(self.config.state_dir / SIGNING_KEY)
+
+    @property
+    def key_fingerprint(self) -> str:
+        """What two people compare by telephone before the coordinator admits the key."""
+        return fingerprint(self.signing_key.public_key())
+
+    @cached_property
+    def audit(self) -> AuditLog:
+        """The site's tamper-evident log."""
+        return AuditLog(self.config.state_dir / "audit.jsonl")
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this site trains, said once in its log."""
+        return choose_device(self.config.device)
+
+    @cached_property
+    def dataset(self) -> ImageDataset:
+        """The site's images and labels, read once."""
+        return self.load()
+
+    def check_classes(self, num_classes: int) -> None:
+        """Refuse a run whose classes are not this site's."""
+        own = len(self.dataset.manifest.classes)
+        if own != num_classes:
+            raise RefusalError(
+                "other-classes", f"model.num-classes={num_classes}; this site's data has {own}"
+            )
+
+    def class_counts(self) -> NDArray[np.int64]:
+        """Return (c,) training examples of each class. Private to the site."""
+        return self.dataset.manifest.class_counts("train")
+
+    def split(self, name: str, model: ModelSection) -> Split:
+        """Return a split prepared for the run's input shape; prepared once and kept."""
+        key = (name, model.image_size, model.in_channels, model.small_images)
+        if key not in self._splits:
+            part = self.dataset.subset(self.dataset.manifest.rows(split=name))
+            images = prepare(
+                part.images,
+                image_size=model.image_size,
+                in_channels=model.in_channels,
+                small_images=model.small_images,
+            )
+            self._splits[key] = Split(images, torch.tensor(part.manifest.labels))
+        return self._splits[key]
+
+    def read_test_once(self, run_uuid: str, weights_hash: str) -> None:
+        """Record that a run reads this site's test split, and refuse a second model's reading.
+
+        The same weights may be evaluated again (a lost reply is asked for again); other weights of
+        the same run may not, because a choice made on test figures is not a test any more.
+
+        Raises:
+            RefusalError: The run has already read the test split with other weights.
+        """
+        path = self.config.state_dir / TEST_READS
+        reads = json.loads(path.read_text()) if path.exists() else {}
+        if reads.setdefault(run_uuid, weights_hash) != weights_hash:
+            raise RefusalError("test-read-twice", "this run has already read the test split")
+        write_atomic(path, json.dumps(reads, indent=1))
+
+
+_SITES: dict[str, Site] = {}
+
+
+def register(site: Site) -> None:
+    """Make a site known to the ClientApp of this process."""
+    _SITES[site.name] = site
+
+
+def registered(name: object) -> Site:
+    """Return a site that this process registered.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    site = _SITES.get(str(name))
+    if site is None:
+        raise ConfigError(
+            f"site={name} is not configured in this process",
+            hint="start the site with `python -m client --site NAME`",
+        )
+    return site
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return the device to train on and say which and why.
+
+    Raises:
+        ConfigError: ``cuda`` is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ConfigError(
+            "device=cuda but PyTorch sees no CUDA device",
+            hint='set device = "cpu", or install a CUDA build of PyTorch and its driver',
+        )
+    if wanted == "cpu" or not available:
+        reason = "asked for" if wanted == "cpu" else "no CUDA device"
+        log.info("device=cpu reason=%s threads=%d", reason, torch.get_num_threads())
+        return torch.device("cpu")
+    log.info("device=cuda name=%s", torch.cuda.get_device_name())
+    return torch.device("cuda")

@@ -1,0 +1,138 @@
+"""SiteConfig: what a hospital decides for itself. Nothing of it crosses the wire.
+
+Invariant: limits are checks. A run that breaks one is refused with a reason and an audit entry; it
+is never rewritten to fit. Safe values are the defaults: a site that says nothing takes part in no
+run without differential privacy and encryption.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from client.data.source import DataSource
+from strategies.cli import nearest
+from strategies.errors import ConfigError
+from strategies.run_config import Section, explain
+
+SITES_VARIABLE = "FEDERATION_SITES"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9-]{0,31}$"
+
+
+class Limits(Section):
+    """What a run may ask of this hospital."""
+
+    require_privacy: bool = Field(True, description="refuse runs with privacy.mode = off")
+    require_encryption: bool = Field(True, description="refuse runs with encryption.mode = off")
+    allowed_strategies: tuple[str, ...] = Field(
+        ("fedavg", "fedprox"), description="strategy.name must be one of these"
+    )
+    allowed_sizes: tuple[str, ...] = Field(
+        ("nano", "tiny", "small", "base"),
+        description="model.size must be one of these; `custom` admits model.depths and dims",
+    )
+    max_local_epochs: Annotated[int, Field(gt=0)] = Field(
+        10, description="most passes over the site's data a round"
+    )
+    max_local_steps: Annotated[int, Field(gt=0)] = Field(
+        10_000, description="most optimiser steps a round"
+    )
+    max_image_size: Annotated[int, Field(gt=0)] = Field(512, description="largest input, pixels")
+
+
+class SiteConfig(Section):
+    """One hospital's file."""
+
+    site: str = Field(pattern=NAME_PATTERN, description="name, as the coordinator knows it")
+    federation: str = Field("federation", min_length=1, description="name all sites share")
+    superlink: str = Field("127.0.0.1:8000", description="coordinator's address, host:port")
+    state_dir: Path = Field(Path("state"), description="keys, audit log; relative to this file")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if present")
+    num_threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0: PyTorch's")
+    task: str = Field("", description="the run's `dataset` this data is for; empty: data.dataset")
+    data: DataSource
+    limits: Limits = Limits()  # pyright: ignore[reportCallIssue]
+
+    @field_validator("superlink")
+    @classmethod
+    def _host_and_port(cls, value: str) -> str:
+        host, separator, port = value.rpartition(":")
+        if not (separator and host and port.isdecimal() and 0 < int(port) < 65536):
+            raise ValueError("expected host:port, such as 127.0.0.1:8000")
+        return value
+
+    @property
+    def run_dataset(self) -> str:
+        """The ``dataset`` of the runs this site takes part in."""
+        return self.task or self.data.dataset
+
+
+def read_site_config(path: Path) -> SiteConfig:
+    """Read and validate a site's TOML; relative paths in it are relative to the file.
+
+    Raises:
+        ConfigError: The file is missing, not TOML, or holds a wrong key or value.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"site file {path} cannot be read ({error.strerror})",
+            hint="`python -m client init --site NAME` writes one, --config names another",
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"site file {path} is not TOML: {error}") from error
+    _reject_unknown(values, path)
+    try:
+        config = SiteConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path.name}: {explain(error)}") from None
+    folder = path.resolve().parent
+    data = config.data.model_copy(
+        update={
+            name: folder / value
+            for name in ("data_dir", "file")
+            if isinstance(value := getattr(config.data, name), Path)
+        }
+    )
+    return config.model_copy(update={"state_dir": folder / config.state_dir, "data": data})
+
+
+def site_file(site: str, config: Path | None) -> Path:
+    """Return where a site's file is: ``--config``, else ``<folder>/<site>.toml``.
+
+    The folder is ``$FEDERATION_SITES``, else ``client/sites`` of this installation.
+    """
+    if config is not None:
+        return config
+    folder = os.environ.get(SITES_VARIABLE)
+    return (Path(folder) if folder else Path(__file__).parent / "sites") / f"{site}.toml"
+
+
+def is_loopback(address: str) -> bool:
+    """Say whether ``host:port`` cannot leave this machine."""
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _reject_unknown(values: dict[str, Any], path: Path) -> None:
+    tables = {"": SiteConfig, "data": DataSource, "limits": Limits}
+    for table, schema in tables.items():
+        known = {field.alias or name for name, field in schema.model_fields.items()}
+        given = values if not table else values.get(table, {})
+        for key in given if isinstance(given, dict) else ():
+            if key not in known:
+                dotted = f"{table}.{key}" if table else key
+                raise ConfigError(
+                    f"{path.name}: unknown key {dotted}={given[key]!r}", hint=nearest(key, known)
+                )

@@ -1,0 +1,210 @@
+"""Local training and evaluation at a site: one round, start to end, in one visible flow.
+
+Invariant: the result depends on the global weights, the site's data, the run configuration and
+(seed, site, round) alone. The optimiser starts anew each round, so a restarted site gives the same
+update as one that never stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from client.data.transforms import augment_batch, augmentation, normalise
+from client.loss import class_weights, reweighted_loss
+from client.site import Site, Split
+from medmamba.model import MedMamba, no_weight_decay
+from medmamba.weights import load_arrays, to_arrays
+from strategies.errors import RefusalError
+from strategies.evaluation import EvaluationSums
+from strategies.records import Arrays
+from strategies.run_config import ModelSection, RunConfig, TrainingSection
+from strategies.seeds import derive_seed
+
+log = logging.getLogger(__name__)
+
+EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What one round of local training gives.
+
+    Attributes:
+        update: Local minus global weights, by parameter name.
+        num_examples: Training examples of the site.
+        num_steps: Optimiser steps taken.
+        loss: Mean class-reweighted loss over the examples seen, in nats.
+        learning_rate: Of this round.
+    """
+
+    update: Arrays
+    num_examples: int
+    num_steps: int
+    loss: float
+    learning_rate: float
+
+
+def train(site: Site, run: RunConfig, server_round: int, weights: Arrays) -> TrainResult:
+    """Train one round from the global weights.
+
+    Args:
+        site: Whose data to train on.
+        run: The run's configuration, already admitted by the site's policy.
+        server_round: From 1; decides learning rate and random order.
+        weights: Global weights, by parameter name.
+
+    Raises:
+        RefusalError: The site has no training examples, or the loss stopped being finite.
+    """
+    settings = run.training
+    split = site.split("train", run.model)
+    num_examples = len(split.labels)
+    if num_examples == 0:
+        raise RefusalError("no-examples", "this site has no training examples")
+    if num_examples == 1 and run.model.norm == "batch":
+        raise RefusalError("too-few-examples", "model.norm=batch needs two training examples")
+    model = _model(run.model, site.device)
+    load_arrays(model, weights)
+    model.train()
+    torch.manual_seed(derive_seed(run.seed, "train", site.name, server_round))
+    rate = learning_rate(settings, server_round, run.num_server_rounds)
+    optimiser = _optimiser(model, settings, rate)
+    per_class = torch.from_numpy(
+        class_weights(
+            site.class_counts(), settings.class_weights, beta=settings.effective_number_beta
+        )
+    ).to(site.device)
+    transform = augmentation(
+        image_size=run.model.image_size,
+        seed=derive_seed(run.seed, "augment", site.name, server_round),
+    )
+    anchor = [parameter.detach().clone() for parameter in model.parameters()]
+    expected_batch_size = min(settings.batch_size, num_examples)
+    loss_sum, seen, steps = 0.0, 0, 0
+    order_seed = derive_seed(run.seed, "order", site.name, server_round)
+    for rows in batches(num_examples, settings, seed=order_seed):
+        images = split.images[rows]  # (b, c, s, s)
+        if settings.augment:
+            images = augment_batch(images, transform)
+        loss = reweighted_loss(
+            model(normalise(images).to(site.device)),
+            split.labels[rows].to(site.device),
+            per_class,
+            expected_batch_size=expected_batch_size,
+            focal_gamma=settings.focal_gamma,
+        )
+        value = loss.item()
+        if not math.isfinite(value):
+            raise RefusalError("loss-not-finite", "training stopped: the loss is not finite")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        add_proximal_gradient(model, anchor, run.strategy.proximal_mu)
+        optimiser.step()
+        loss_sum += value * expected_batch_size
+        seen += len(rows)
+        steps += 1
+    local = to_arrays(model)
+    return TrainResult(
+        update={name: local[name] - weights[name] for name in weights},
+        num_examples=num_examples,
+        num_steps=steps,
+        loss=loss_sum / seen,
+        learning_rate=rate,
+    )
+
+
+def add_proximal_gradient(model: torch.nn.Module, anchor: list[Tensor], proximal_mu: float) -> None:
+    """Add the gradient of ``mu / 2 * ||w - w_global||^2`` (FedProx, arXiv 1812.06127, eq. 2).
+
+    It is added to the gradients rather than to the loss because it is a term of the parameters
+    alone: under per-example clipping it must come after clip and noise. With ``mu = 0`` nothing is
+    computed, so the run equals FedAvg to the bit.
+    """
+    if proximal_mu == 0:
+        return
+    with torch.no_grad():
+        for parameter, start in zip(model.parameters(), anchor, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - start, alpha=proximal_mu)
+
+
+def evaluate(site: Site, run: RunConfig, weights: Arrays, split_name: str) -> EvaluationSums:
+    """Evaluate the global weights on one split of the site; empty splits give zero sums."""
+    split = site.split(split_name, run.model)
+    model = _model(run.model, site.device)
+    load_arrays(model, weights)
+    return evaluate_model(model, split, run.model.num_classes, site.device)
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: MedMamba, split: Split, num_classes: int, device: torch.device
+) -> EvaluationSums:
+    """Return the exact sums of one split under a model."""
+    model.eval()
+    sums = EvaluationSums.zeros(num_classes)
+    for start in range(0, len(split.labels), EVALUATION_BATCH):
+        images = split.images[start : start + EVALUATION_BATCH]
+        logits = model(normalise(images).to(device))  # (b, num_classes)
+        if not torch.isfinite(logits).all():
+            raise RefusalError("output-not-finite", "the model's output is not finite")
+        labels = split.labels[start : start + EVALUATION_BATCH]
+        sums = sums + EvaluationSums.from_logits(logits.cpu().numpy(), labels.numpy())
+    return sums
+
+
+def learning_rate(settings: TrainingSection, server_round: int, num_server_rounds: int) -> float:
+    """Return a round's learning rate: half a cosine from the first round to after the last."""
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    progress = (server_round - 1) / num_server_rounds
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def batches(num_examples: int, settings: TrainingSection, *, seed: int) -> Iterator[torch.Tensor]:
+    """Yield the rows of each step: shuffled passes, cut after ``local_steps`` when that is set.
+
+    A last batch of one example is joined to the batch before it: BatchNorm has no variance of one
+    value.
+    """
+    generator = np.random.default_rng(seed)
+    steps = 0
+    epoch = 0
+    while settings.local_steps > 0 or epoch < settings.local_epochs:
+        order = torch.from_numpy(generator.permutation(num_examples))
+        starts = list(range(0, num_examples, settings.batch_size))
+        if len(starts) > 1 and num_examples - starts[-1] == 1:
+            starts.pop()
+        for start, end in zip(starts, [*starts[1:], num_examples], strict=True):
+            yield order[start:end]
+            steps += 1
+            if steps == settings.local_steps:
+                return
+        epoch += 1
+
+
+@lru_cache(maxsize=1)
+def _model(model: ModelSection, device: torch.device) -> MedMamba:
+    """Build the network once a process: its weights are overwritten at every use."""
+    return MedMamba.from_name(model.size, **model.architecture).to(device)
+
+
+def _optimiser(model: MedMamba, settings: TrainingSection, rate: float) -> torch.optim.AdamW:
+    exempt = no_weight_decay(model)
+    named = dict(model.named_parameters())
+    groups = [
+        {
+            "params": [value for name, value in named.items() if name not in exempt],
+            "weight_decay": settings.weight_decay,
+        },
+        {"params": [named[name] for name in sorted(exempt)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=rate, fused=True)

@@ -1,0 +1,268 @@
+"""A run from first weights to final figures, whoever provides the Grid.
+
+Invariant: every choice (which round's weights are the result) is made on validation figures; the
+test split is read once, after the choice. After each round everything needed to go on is on disk,
+and a resumed run ends in the same bytes as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from flwr.serverapp import Grid
+
+from medmamba.model import MedMamba
+from medmamba.weights import load_arrays, save, to_arrays
+from server.checkpoint import State, check_shapes, load_checkpoint, save_checkpoint
+from server.metrics import auc_interval, metrics, selection_value, worst_site
+from server.run_directory import CHECKPOINTS, MODEL, RunDirectory
+from strategies.base import Outcome, Strategy
+from strategies.evaluation import EvaluationSums
+from strategies.records import Arrays
+from strategies.registry import STRATEGIES
+from strategies.run_config import RunConfig
+from strategies.seeds import derive_seed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the ServerApp needs beside the run configuration.
+
+    Attributes:
+        directory: Where the run is kept.
+        federation: The word all sites share.
+        run_uuid: Made once per run; survives resuming.
+        site_keys: Public keys of the admitted sites, by name.
+        classes: Class names for people, in label order; empty: the labels themselves.
+        simulated: Whether the sites are partitions on one machine.
+        on_round: Called with the round just finished; moves a progress bar.
+    """
+
+    directory: RunDirectory
+    federation: str
+    run_uuid: str
+    site_keys: Mapping[str, Ed25519PublicKey]
+    classes: Sequence[str] = ()
+    simulated: bool = False
+    on_round: Callable[[int], None] = lambda server_round: None
+
+
+def execute(grid: Grid, run: RunConfig, settings: Settings) -> dict[str, Any]:
+    """Run all rounds, choose on validation, read test once, write the model.
+
+    Returns:
+        The content of ``summary.json``, for the caller to complete and write.
+
+    Raises:
+        QuorumError: Too few sites or valid updates; the run can be resumed.
+        CheckpointError: A checkpoint that does not fit this run.
+    """
+    return _Run(grid, run, settings).execute()
+
+
+def initial_weights(run: RunConfig) -> Arrays:
+    """Return the global weights before round 1, from the run's seed."""
+    torch.manual_seed(derive_seed(run.seed, "initial-weights"))
+    return to_arrays(_model(run))
+
+
+class _Run:
+    """The state of one run while it executes."""
+
+    def __init__(self, grid: Grid, run: RunConfig, settings: Settings) -> None:
+        self.grid, self.run, self.settings = grid, run, settings
+        self.directory = settings.directory
+        self.strategy: Strategy = STRATEGIES[run.strategy.name](
+            run,
+            federation=settings.federation,
+            run_uuid=settings.run_uuid,
+            site_keys=settings.site_keys,
+        )
+        self.weights = initial_weights(run)
+        self.best, self.best_round, self.best_value = self.weights, 0, -math.inf
+        self.first_round, self.earlier_seconds = 1, 0.0
+        self.started = time.monotonic()
+        self._resume()
+
+    def execute(self) -> dict[str, Any]:
+        """Train, choose, test, write."""
+        nodes = self.strategy.wait_for_cohort(self.grid, target=len(self.settings.site_keys))
+        for server_round in range(self.first_round, self.run.num_server_rounds + 1):
+            if server_round > self.first_round:
+                nodes = self.strategy.wait_for_cohort(self.grid, target=self.run.strategy.min_sites)
+            self._round(server_round, nodes)
+        last = self.run.num_server_rounds
+        outcomes = self.strategy.evaluate(self.grid, nodes, last, self.weights, "val")
+        self._judge(last, outcomes)
+        if self.best_round == 0:
+            log.warning("no validation figures: the last round's weights are the result")
+            self.best, self.best_round = self.weights, last
+        outcomes = self.strategy.evaluate(self.grid, nodes, self.best_round, self.best, "test")
+        model = _model(self.run)
+        load_arrays(model, self.best)
+        save(model, self.directory.path / MODEL)
+        return self._summary(outcomes)
+
+    def _resume(self) -> None:
+        found = load_checkpoint(self.directory.path / CHECKPOINTS, self.settings.run_uuid)
+        if found is None:
+            self.directory.cut_history(0)
+            return
+        state, weights, best = found
+        check_shapes(weights, self.weights)
+        self.weights, self.best = weights, best
+        self.best_round = state.best_round
+        self.best_value = -math.inf if state.best_value is None else state.best_value
+        self.first_round, self.earlier_seconds = state.server_round + 1, state.seconds
+        self.directory.cut_history(state.history_bytes)
+        log.info("resumed after round=%d run_uuid=%s", state.server_round, state.run_uuid)
+
+    def _round(self, server_round: int, nodes: Sequence[int]) -> None:
+        began = time.monotonic()
+        before = self.weights
+        weights, outcomes = self.strategy.train(self.grid, nodes, server_round, before)
+        # Replies to round r carry validation figures of the weights that round r - 1 gave.
+        self._judge(server_round - 1, outcomes)
+        self.weights = weights
+        seconds = time.monotonic() - began
+        self._record_round(server_round, outcomes, seconds)
+        state = State(
+            run_uuid=self.settings.run_uuid,
+            server_round=server_round,
+            history_bytes=self.directory.history_bytes(),
+            best_round=self.best_round,
+            best_value=self.best_value if math.isfinite(self.best_value) else None,
+            seconds=self._seconds(),
+        )
+        save_checkpoint(self.directory.path / CHECKPOINTS, state, self.weights, self.best)
+        self.settings.on_round(server_round)
+
+    def _judge(self, server_round: int, outcomes: Sequence[Outcome]) -> None:
+        """Record validation figures of the current weights and keep them if they are the best."""
+        sums = _sums_by_site(outcomes)
+        pooled = metrics(_pool(sums, self.run.model.num_classes))
+        self.directory.append(
+            {
+                "type": "evaluation",
+                "server_round": server_round,
+                "split": "val",
+                "pooled": pooled,
+                "sites": {site: metrics(part) for site, part in sums.items()},
+            }
+        )
+        value = selection_value(pooled, self.run.strategy.selection_metric)
+        if server_round > 0 and value > self.best_value:
+            self.best, self.best_round, self.best_value = self.weights, server_round, value
+
+    def _record_round(self, server_round: int, outcomes: Sequence[Outcome], seconds: float) -> None:
+        replies = {o.site: o.reply for o in outcomes if o.reply is not None}
+        num_examples = sum(reply.num_examples for reply in replies.values())
+        losses = {site: reply.number("train-loss") for site, reply in replies.items()}
+        loss = sum(losses[site] * replies[site].num_examples for site in replies) / num_examples
+        self.directory.append(
+            {
+                "type": "round",
+                "server_round": server_round,
+                "seconds": seconds,
+                "num_sites": len(replies),
+                "num_examples": num_examples,
+                "train_loss": loss,
+            }
+        )
+        for outcome in outcomes:
+            reply = outcome.reply
+            self.directory.append(
+                {
+                    "type": "site",
+                    "server_round": server_round,
+                    "site": outcome.site,
+                    "status": outcome.status,
+                    "reason": outcome.reason,
+                    "num_examples": reply.num_examples if reply else None,
+                    "num_steps": reply.number("num-steps") if reply else None,
+                    "train_loss": losses.get(outcome.site),
+                    "seconds": reply.number("seconds") if reply else None,
+                }
+            )
+        log.info(
+            "round=%d/%d sites=%d/%d num_examples=%d train_loss=%.4f seconds=%.1f privacy=%s "
+            "encryption=%s",
+            server_round,
+            self.run.num_server_rounds,
+            len(replies),
+            len(self.settings.site_keys),
+            num_examples,
+            loss,
+            seconds,
+            self.run.privacy.mode,
+            self.run.encryption.mode,
+        )
+
+    def _summary(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        sums = _sums_by_site(outcomes)
+        sites = {site: final_figures(part) for site, part in sums.items()}
+        selected = self.best_value if math.isfinite(self.best_value) else None
+        metric = self.run.strategy.selection_metric
+        classes = list(self.settings.classes) or [
+            str(label) for label in range(self.run.model.num_classes)
+        ]
+        return {
+            "run_uuid": self.settings.run_uuid,
+            "dataset": self.run.dataset,
+            "classes": classes,
+            "strategy": self.run.strategy.name,
+            "num_server_rounds": self.run.num_server_rounds,
+            "best_round": self.best_round,
+            "selection": {
+                "metric": metric,
+                "split": "val",
+                "value": abs(selected) if selected is not None else None,
+            },
+            "pooled": final_figures(_pool(sums, self.run.model.num_classes)),
+            "sites": sites,
+            "worst_site": worst_site({site: _metrics_only(part) for site, part in sites.items()}),
+            "not_tested": {o.site: o.reason for o in outcomes if o.status != "ok"},
+            "privacy": {"mode": self.run.privacy.mode},
+            "encryption": {"mode": self.run.encryption.mode},
+            "seconds": self._seconds(),
+            "simulated": self.settings.simulated,
+        }
+
+    def _seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self.started
+
+
+def final_figures(sums: EvaluationSums) -> dict[str, Any]:
+    """Return a set's metrics with the AUC's 95 % interval and the confusion matrix."""
+    low, high = auc_interval(sums) or (None, None)
+    return {
+        **metrics(sums),
+        "auc_low_95": low,
+        "auc_high_95": high,
+        "confusion": sums.confusion.tolist(),
+    }
+
+
+def _metrics_only(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in figures.items() if name != "confusion"}
+
+
+def _sums_by_site(outcomes: Sequence[Outcome]) -> dict[str, EvaluationSums]:
+    return {o.site: o.sums for o in outcomes if o.sums is not None}
+
+
+def _pool(sums: Mapping[str, EvaluationSums], num_classes: int) -> EvaluationSums:
+    return sum(sums.values(), start=EvaluationSums.zeros(num_classes))
+
+
+def _model(run: RunConfig) -> MedMamba:
+    return MedMamba.from_name(run.model.size, **run.model.architecture)

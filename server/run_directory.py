@@ -1,0 +1,158 @@
+"""The run directory: one folder that says what was run, what happened and what came out.
+
+Invariant: ``config.json`` is written before anything is trained and holds all that reproduces the
+run; ``history.jsonl`` only grows, except that resuming cuts what came after the checkpoint. No
+absolute path is written into any file of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import CheckpointError, ConfigError
+from strategies.files import append_line, write_atomic
+
+CONFIG, HISTORY, SUMMARY, LOG = "config.json", "history.jsonl", "summary.json", "log.txt"
+MODEL, CHECKPOINTS = "model.safetensors", "checkpoints"
+PACKAGES = ("medmamba-federation", "flwr", "torch", "monai", "numpy", "safetensors")
+
+
+class RunDirectory:
+    """One run's files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, config: Mapping[str, Any]) -> RunDirectory:
+        """Make a new run directory with its ``config.json``.
+
+        Raises:
+            ConfigError: The directory exists; nothing in it is touched.
+        """
+        require_new(path)
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"output={path} cannot be made ({error.strerror})") from error
+        (path / CHECKPOINTS).mkdir()
+        write_atomic(path / CONFIG, to_json(config))
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Open an unfinished run for resuming.
+
+        Raises:
+            CheckpointError: It is not a run directory, or its run is complete.
+        """
+        directory = cls(path)
+        directory.config()
+        if (path / SUMMARY).exists():
+            raise CheckpointError(f"resume={path} is complete", hint="its report.html has all")
+        return directory
+
+    def config(self) -> dict[str, Any]:
+        """Read ``config.json``.
+
+        Raises:
+            CheckpointError: It is missing or damaged.
+        """
+        return read_json(self.path / CONFIG)
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add one line to the history."""
+        append_line(self.path / HISTORY, json.dumps(entry, allow_nan=False))
+
+    def history_bytes(self) -> int:
+        """Return the length of the history, which a checkpoint remembers."""
+        path = self.path / HISTORY
+        return path.stat().st_size if path.exists() else 0
+
+    def cut_history(self, length: int) -> None:
+        """Drop what was written after the checkpoint that is resumed."""
+        if self.history_bytes() > length:
+            os.truncate(self.path / HISTORY, length)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write the final figures."""
+        write_atomic(self.path / SUMMARY, to_json(summary))
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Write log lines into the directory's ``log.txt`` too."""
+        handler = logging.FileHandler(self.path / LOG, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        root = logging.getLogger()
+        root.addHandler(handler)
+        try:
+            yield
+        finally:
+            root.removeHandler(handler)
+            handler.close()
+
+
+def require_new(path: Path) -> None:
+    """Refuse an existing output directory, before anything else is done.
+
+    Raises:
+        ConfigError: It exists.
+    """
+    if path.exists():
+        raise ConfigError(
+            f"output={path} exists; a run never writes into an existing directory",
+            hint="name another with --output, or continue that run with --resume",
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one of a run directory's JSON files.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not readable", hint="name a directory that a run made"
+        ) from error
+
+
+def to_json(document: Mapping[str, Any]) -> str:
+    """Return readable JSON with a final newline; NaN and infinity are refused."""
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+
+def provenance() -> dict[str, Any]:
+    """Return what produced the run: commit (``+changes`` when files differ) and versions."""
+    return {"git_commit": _git_commit(), "versions": {name: _version(name) for name in PACKAGES}}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _git_commit() -> str:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", *words], cwd=root, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit}+changes" if changes else commit

@@ -1,0 +1,244 @@
+"""One experiment: partition, federate, compare with pooled training, report.
+
+Invariant: the ServerApp, strategies and ClientApp are the deployed ones; only Grid, keys and data
+source are the simulation's. The same scenario and seed give the same ``model.safetensors`` to the
+byte, interrupted or not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, RecordDict
+
+from client.app import app as client_app
+from client.data.manifest import ImageDataset
+from client.data.registry import load
+from client.site import SIGNING_KEY, Site, register
+from client.site_config import Limits, SiteConfig
+from client.train import batches
+from medmamba.scan import active_backend
+from server.app import run_app
+from server.report import write_report
+from server.rounds import Settings
+from server.run_directory import SUMMARY, RunDirectory, provenance, read_json, to_json
+from simulation.grid import RUN_ID, SERVER_NODE_ID, Fault, LocalGrid, no_fault
+from simulation.partition import describe, partition, site_names
+from simulation.scenario import Scenario
+from strategies.errors import ConfigError
+from strategies.files import write_atomic
+from strategies.identity import create_signing_key
+from strategies.run_config import RunConfig
+
+log = logging.getLogger(__name__)
+
+FEDERATION = "simulation"
+POOLED_SITE = "pooled"
+PARTITION = "partition.json"
+
+OnReply = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A scenario's images: all of them, and dealt out to sites."""
+
+    dataset: ImageDataset
+    parts: dict[str, ImageDataset]
+
+
+def prepare(scenario: Scenario) -> Data:
+    """Read the scenario's data and deal it out to sites.
+
+    Raises:
+        ConfigError: The data cannot be had, does not fit the run, or cannot be dealt out.
+    """
+    run, federation = scenario.run, scenario.federation
+    dataset = load(scenario.data, site_names(federation.num_sites))
+    classes = len(dataset.manifest.classes)
+    if classes != run.model.num_classes:
+        raise ConfigError(
+            f"model.num-classes={run.model.num_classes}: dataset={scenario.data.dataset} has "
+            f"{classes} classes",
+            hint=f"--set model.num-classes={classes}",
+        )
+    return Data(dataset, partition(dataset, federation, run.seed))
+
+
+def num_messages(scenario: Scenario) -> int:
+    """Return how many instructions a whole experiment sends, for a progress bar."""
+    each = scenario.run.num_server_rounds + 2
+    return each * (scenario.federation.num_sites + len(scenario.federation.baselines))
+
+
+def create(path: Path, scenario: Scenario, run_uuid: str) -> RunDirectory:
+    """Make the run directory of a new experiment."""
+    return RunDirectory.create(
+        path,
+        {
+            "run_uuid": run_uuid,
+            "federation": FEDERATION,
+            "scenario": scenario.model_dump(mode="json", by_alias=True, exclude={"run"}),
+            "run_config": scenario.run.model_dump(by_alias=True),
+            "seed": scenario.run.seed,
+            **provenance(),
+            "provenance": {
+                "scan_backend": active_backend("cpu"),
+                "device": "cpu",
+                "num_threads": torch.get_num_threads(),
+                "simulated": True,
+            },
+        },
+    )
+
+
+def execute(
+    directory: RunDirectory,
+    scenario: Scenario,
+    data: Data,
+    *,
+    fault: Fault = no_fault,
+    on_reply: OnReply = lambda site: None,
+) -> dict[str, Any]:
+    """Run or continue an experiment and write its results.
+
+    Args:
+        directory: From :func:`create`, or one that was interrupted.
+        scenario: The scenario the directory was made from.
+        data: From :func:`prepare` of the same scenario.
+        fault: What the links do to messages; for tests.
+        on_reply: Called after each reply.
+
+    Returns:
+        The content of ``summary.json``.
+    """
+    config = directory.config()
+    write_atomic(directory.path / PARTITION, to_json(describe(data.parts, scenario.federation)))
+    summary = _federate(
+        directory, scenario.run, data.parts, config["run_uuid"], fault=fault, on_reply=on_reply
+    )
+    if "pooled" in scenario.federation.baselines:
+        summary["baselines"] = {
+            "pooled": _pooled_training(directory, scenario, data, config["run_uuid"], on_reply)
+        }
+    directory.write_summary(summary)
+    write_report(directory.path)
+    return summary
+
+
+def _federate(
+    directory: RunDirectory,
+    run: RunConfig,
+    parts: dict[str, ImageDataset],
+    run_uuid: str,
+    *,
+    fault: Fault,
+    on_reply: OnReply,
+) -> dict[str, Any]:
+    sites = {name: _site(name, part, directory.path, run) for name, part in parts.items()}
+    for site in sites.values():
+        register(site)
+    run_config = dict(run.flatten())
+    grid = LocalGrid(
+        client_app,
+        dict(enumerate(sites, start=SERVER_NODE_ID + 1)),
+        run_config,
+        fault=fault,
+        on_reply=on_reply,
+    )
+    context = Context(
+        run_id=RUN_ID,
+        node_id=SERVER_NODE_ID,
+        node_config={},
+        state=RecordDict(),
+        run_config=run_config,
+        series_id=RUN_ID,
+    )
+    settings = Settings(
+        directory=directory,
+        federation=FEDERATION,
+        run_uuid=run_uuid,
+        site_keys={name: site.signing_key.public_key() for name, site in sites.items()},
+        classes=next(iter(parts.values())).manifest.classes,
+        simulated=True,
+    )
+    return run_app(grid, context, settings)
+
+
+def _site(name: str, part: ImageDataset, run_dir: Path, run: RunConfig) -> Site:
+    limits = Limits(
+        require_privacy=False,
+        require_encryption=False,
+        allowed_sizes=("nano", "tiny", "small", "base", "custom"),
+        max_local_epochs=run.training.local_epochs,
+        max_local_steps=max(run.training.local_steps, 1),
+        max_image_size=run.model.image_size,
+    )  # pyright: ignore[reportCallIssue]
+    config = SiteConfig(
+        site=name,
+        federation=FEDERATION,
+        state_dir=run_dir / "sites" / name,
+        task=run.dataset,
+        data={"dataset": "phantom"},  # pyright: ignore[reportArgumentType]
+        limits=limits,
+    )  # pyright: ignore[reportCallIssue]
+    site = Site(config, lambda: part)
+    create_signing_key(config.state_dir / SIGNING_KEY)
+    return site
+
+
+def _pooled_training(
+    directory: RunDirectory,
+    scenario: Scenario,
+    data: Data,
+    run_uuid: str,
+    on_reply: OnReply,
+) -> dict[str, Any]:
+    """Train one model on all data: one site, as many optimiser steps as all sites together took."""
+    path = directory.path / "baselines" / POOLED_SITE
+    if (path / SUMMARY).exists():
+        return read_json(path / SUMMARY)["pooled"]
+    run = scenario.run
+    steps = sum(num_steps(run, part) for part in data.parts.values())
+    pooled_run = RunConfig.parse(
+        {
+            **run.flatten(),
+            "training.local-steps": steps,
+            "strategy.name": "fedavg",
+            "strategy.proximal-mu": 0.0,
+            "strategy.min-sites": 1,
+        }
+    )
+    if path.exists():
+        pooled = RunDirectory(path)
+    else:
+        pooled = RunDirectory.create(
+            path,
+            {
+                "run_uuid": f"{run_uuid}-pooled",
+                "federation": FEDERATION,
+                "run_config": pooled_run.model_dump(by_alias=True),
+            },
+        )
+    log.info("baseline=pooled steps_per_round=%d", steps)
+    summary = _federate(
+        pooled,
+        pooled_run,
+        {POOLED_SITE: data.dataset},
+        f"{run_uuid}-pooled",
+        fault=no_fault,
+        on_reply=on_reply,
+    )
+    pooled.write_summary(summary)
+    return summary["pooled"]
+
+
+def num_steps(run: RunConfig, part: ImageDataset) -> int:
+    """Return the optimiser steps a site takes in one round."""
+    num_examples = len(part.manifest.rows(split="train"))
+    return sum(1 for _ in batches(num_examples, run.training, seed=0)) if num_examples else 0

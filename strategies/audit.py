@@ -1,0 +1,117 @@
+"""Tamper-evident log: JSON lines, each holding the hash of the line before.
+
+Invariant: ``hash = SHA-256(canonical(entry without hash))`` and ``previous`` is the hash of the
+entry before, so an edited, removed or reordered line breaks the chain at that line. A cut tail is
+only visible to somebody who kept the last hash. Entries hold decisions, never patients or paths.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from strategies.errors import FederationError
+from strategies.files import append_line
+from strategies.identity import canonical
+
+FIRST = "0" * 64
+
+
+class AuditLog:
+    """An append-only log in one file; safe for several processes of one site."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, event: str, **fields: str | int | float | bool) -> str:
+        """Append one entry and force it to disk.
+
+        Args:
+            event: What happened, a short kebab-case word.
+            fields: What it was about; nothing that identifies a patient or a file.
+
+        Returns:
+            The new entry's hash: the head of the chain.
+
+        Raises:
+            FederationError: The log's last line is damaged. Nothing is written then.
+        """
+        with self._locked():
+            index, previous = self._head()
+            entry: dict[str, object] = {
+                "index": index,
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "event": event,
+                "fields": fields,
+                "previous": previous,
+            }
+            entry["hash"] = hashlib.sha256(canonical(entry)).hexdigest()
+            append_line(self.path, canonical(entry).decode())
+            return str(entry["hash"])
+
+    def verify(self) -> int:
+        """Check the whole chain.
+
+        Returns:
+            The number of entries.
+
+        Raises:
+            FederationError: The first line that was edited, removed or reordered.
+        """
+        previous = FIRST
+        count = 0
+        for number, line in enumerate(self._lines(), start=1):
+            entry = _parse(line, number, self.path.name)
+            if entry["index"] != count or entry["previous"] != previous:
+                raise FederationError(
+                    f"audit log {self.path.name} line {number}: a line before it is missing or "
+                    "moved",
+                    hint="restore the log from a backup and find out who changed it",
+                )
+            previous = str(entry["hash"])
+            count += 1
+        return count
+
+    def _head(self) -> tuple[int, str]:
+        """Return the next index and the hash it must point to, from the last line alone."""
+        last = None
+        number = 0
+        for number, last in enumerate(self._lines(), start=1):  # noqa: B007
+            pass
+        if last is None:
+            return 0, FIRST
+        entry = _parse(last, number, self.path.name)
+        return int(str(entry["index"])) + 1, str(entry["hash"])
+
+    def _lines(self) -> Iterator[str]:
+        if self.path.exists():
+            with self.path.open(encoding="utf-8") as file:
+                yield from file
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _parse(line: str, number: int, name: str) -> dict[str, object]:
+    """Return the entry of a line whose hash agrees with its content."""
+    try:
+        entry = json.loads(line)
+        claimed = entry.pop("hash")
+        digest = hashlib.sha256(canonical(entry)).hexdigest()
+        complete = {"index", "previous", "event", "fields", "time"} <= entry.keys()
+    except (ValueError, KeyError, AttributeError, TypeError):
+        claimed, digest, complete, entry = "", None, False, {}
+    if claimed != digest or not complete:
+        raise FederationError(
+            f"audit log {name} line {number}: content and hash do not agree",
+            hint="restore the log from a backup and find out who changed it",
+        )
+    return {**entry, "hash": claimed}

@@ -1,0 +1,119 @@
+"""What every command line shares: one-line errors, exit codes, suggestions, progress.
+
+Invariant: a person sees ``error:`` and ``hint:``, never a traceback unless ``--debug`` asks for
+one; exit code 2 is a configuration to fix, 1 a failure while running, 130 an interrupt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from strategies.errors import ConfigError, FederationError
+
+
+class Parser(argparse.ArgumentParser):
+    """``argparse`` whose mistakes read like every other error of this project."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report a wrong command line as a :class:`ConfigError`."""
+        raise ConfigError(message, hint=f"`{self.prog} --help` shows the options and an example")
+
+
+def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> NoReturn:
+    """Run a command and leave the process with its exit code.
+
+    Args:
+        command: Takes the arguments, returns the exit code.
+        arguments: The command line without the program's name; ``--debug`` anywhere in it turns
+            tracebacks and debug logging on.
+    """
+    debug = "--debug" in arguments
+    # Flower and its HTTP stack ask the internet for news and updates unless told not to.
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO, format="%(message)s", stream=sys.stderr
+    )
+    for noisy in (
+        "httpx",
+        "httpcore",
+        "matplotlib",
+        "fontTools",
+        "datasets",
+        "fsspec",
+        "urllib3",
+        "alembic",
+    ):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        code = command([argument for argument in arguments if argument != "--debug"])
+    except FederationError as error:
+        if debug:
+            raise
+        report(error)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        if debug:
+            raise
+        # medmamba stands alone, so its ModelError is told by its hint, not by its class.
+        hint = getattr(error, "hint", None)
+        if isinstance(error, ValueError) and isinstance(hint, str):
+            report(ConfigError(str(error), hint))
+            code = ConfigError.exit_code
+        else:
+            kind = type(error).__name__
+            report(FederationError(f"{kind}: {error}", "run again with --debug for the traceback"))
+            code = FederationError.exit_code
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def report(error: FederationError) -> None:
+    """Print a failure as one ``error:`` line and, where there is one, a ``hint:`` line."""
+    print(f"error: {one_line(str(error))}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {one_line(error.hint)}", file=sys.stderr)
+
+
+def one_line(text: str) -> str:
+    """Join a text's lines, so that an error is one line whatever a library wrote."""
+    return " ".join(text.split())
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Return a hint that names the closest valid spelling, or all of them.
+
+    >>> nearest("quik", ["quick", "breastmnist"])
+    'did you mean quick?'
+    >>> nearest("zzz", ["quick", "breastmnist"])
+    'valid: breastmnist, quick'
+    """
+    known = sorted(choices)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"valid: {', '.join(known)}"
+
+
+def progress(*, enabled: bool | None = None) -> Progress:
+    """Return a progress display on standard error; silent when that is not a terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not (console.is_terminal if enabled is None else enabled),
+    )

@@ -1,0 +1,169 @@
+"""A file in MedMNIST's layout is read whole and checked, or refused in one line."""
+
+import contextlib
+import io
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from client.data.manifest import ImageDataset
+from client.data.npz import KEYS, read_npz_layout
+from strategies.errors import DataError
+
+COUNTS = {"train": 6, "val": 3, "test": 2}
+
+
+def arrays(*, rgb: bool = False, flat_labels: bool = False) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    found = {}
+    for split, count in COUNTS.items():
+        shape = (count, 8, 8, 3) if rgb else (count, 8, 8)
+        found[f"{split}_images"] = rng.integers(0, 256, shape, dtype=np.uint8)
+        labels = (np.arange(count) % 2).astype(np.uint8)
+        found[f"{split}_labels"] = labels if flat_labels else labels[:, None]
+    return found
+
+
+def write(path, contents):
+    np.savez_compressed(path, **contents)
+    return path
+
+
+def read(path, **options) -> ImageDataset:
+    chosen = {"dataset": "toy", "classes": ("a", "b"), "md5": "0" * 32, **options}
+    return read_npz_layout(path, **chosen)
+
+
+@pytest.mark.parametrize("rgb", [False, True])
+@pytest.mark.parametrize("flat_labels", [False, True])
+def test_grey_and_rgb_with_flat_or_column_labels_are_read(tmp_path, rgb, flat_labels):
+    contents = arrays(rgb=rgb, flat_labels=flat_labels)
+    data = read(write(tmp_path / "toy.npz", contents), site="A")
+    assert [len(data.manifest.rows(split=s)) for s in COUNTS] == list(COUNTS.values())
+    for split in COUNTS:
+        rows = data.manifest.rows(split=split)
+        assert np.array_equal(data.images[rows], contents[f"{split}_images"])
+        assert np.array_equal(data.manifest.labels[rows], contents[f"{split}_labels"].ravel())
+        assert [data.manifest.examples[row].index for row in rows] == list(range(len(rows)))
+    assert {e.site for e in data.manifest.examples} == {"A"}
+    assert {e.source for e in data.manifest.examples} == {"toy.npz:" + "0" * 32}
+    assert len(data.manifest.patients) == sum(COUNTS.values())
+    assert data.provenance == {"file": "toy.npz", "md5": "0" * 32}
+
+
+def test_one_class_data_are_read(tmp_path):
+    contents = {k: v * 0 if k.endswith("labels") else v for k, v in arrays().items()}
+    data = read(write(tmp_path / "toy.npz", contents))
+    assert data.manifest.class_counts().tolist() == [11, 0]
+
+
+def test_missing_arrays_are_named(tmp_path):
+    contents = arrays()
+    del contents["val_images"], contents["test_labels"]
+    with pytest.raises(DataError, match=r"toy\.npz lacks val_images, test_labels"):
+        read(write(tmp_path / "toy.npz", contents))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_images": np.zeros((6, 8, 8), np.float32)}, r"float32\(6, 8, 8\) expected uint8"),
+        ({"val_images": np.zeros((3, 8, 8, 1), np.uint8)}, r"val_images=uint8\(3, 8, 8, 1\) exp"),
+        ({"val_images": np.zeros((3, 8, 8, 8), np.uint8)}, r"val_images=uint8\(3, 8, 8, 8\) exp"),
+        ({"test_images": np.zeros((2, 9, 9), np.uint8)}, "one image shape, found train"),
+        ({"train_labels": np.zeros(5, np.uint8)}, r"expected \(6,\) or \(6, 1\), one label per"),
+        ({"train_labels": np.zeros((6, 1), float)}, r"train_labels=float64\(6, 1\) expected int"),
+        ({"train_labels": np.zeros((6, 4), np.uint8)}, r"multi-label\) are not supported yet"),
+        ({"train_labels": np.full(6, 2, np.uint8)}, "label=2 in 6 examples expected 0..1"),
+        ({"train_labels": np.full(6, -1, np.int8)}, "label=-1 in 6 examples expected 0..1"),
+        (
+            {"train_images": np.zeros((0, 8, 8), np.uint8), "train_labels": np.zeros(0, int)},
+            "train_images=0 expected at least one image",
+        ),
+    ],
+)
+def test_arrays_that_contradict_themselves_are_refused(tmp_path, changes, message):
+    with pytest.raises(DataError, match=message):
+        read(write(tmp_path / "toy.npz", arrays() | changes))
+
+
+@pytest.mark.parametrize(
+    ("rgb", "channels", "kind"), [(False, 3, r"RGB \(n, h, w, 3\)"), (True, 1, r"grey \(n, h, w\)")]
+)
+def test_another_number_of_channels_than_declared_is_refused(tmp_path, rgb, channels, kind):
+    path = write(tmp_path / "toy.npz", arrays(rgb=rgb))
+    with pytest.raises(DataError, match=f"expected {kind} images"):
+        read(path, channels=channels)
+
+
+def test_a_pickle_in_the_file_is_refused_and_never_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    contents = arrays() | {"train_labels": np.array([Bomb()] * 6, dtype=object)}
+    with pytest.raises(DataError, match="cannot be read: Object arrays cannot be loaded"):
+        read(write(tmp_path / "toy.npz", contents))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_file_and_a_folder_are_no_npz(tmp_path):
+    for path in (tmp_path / "none.npz", tmp_path):
+        with pytest.raises(DataError, match="expected an existing npz file"):
+            read(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x93NUMPY" + b"\0" * 100])
+def test_another_format_is_no_npz(tmp_path, content):
+    path = tmp_path / "toy.npz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="truncated or no npz file"):
+        read(path)
+
+
+def test_a_zip_of_something_else_lacks_the_arrays(tmp_path):
+    path = tmp_path / "toy.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(DataError, match="lacks " + ", ".join(KEYS)):
+        read(path)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+def test_a_truncated_file_is_refused_in_one_line(tmp_path, share):
+    path = write(tmp_path / "toy.npz", arrays())
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(DataError, match="truncated or no npz file") as error:
+        read(path)
+    assert "\n" not in str(error.value)
+    assert error.value.hint == "fetch or copy the file again"
+
+
+def _file_bytes(compressed: bool) -> bytes:
+    buffer = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(buffer, **arrays())
+    return buffer.getvalue()
+
+
+FILES = {compressed: _file_bytes(compressed) for compressed in (False, True)}
+
+
+@given(st.booleans(), st.data())
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_damaged_byte_never_passes_unseen_and_never_breaks_the_reader(tmp_path, compressed, data):
+    content = bytearray(FILES[compressed])
+    position = data.draw(st.integers(0, len(content) - 1))
+    content[position] ^= data.draw(st.integers(1, 255))
+    path = tmp_path / "damaged.npz"
+    path.write_bytes(content)
+    intact = arrays()
+    with contextlib.suppress(DataError):
+        found = read(path)
+        # It was read, so the byte carried nothing: a timestamp or an attribute of the archive.
+        expected = np.concatenate([intact[f"{split}_images"] for split in COUNTS])
+        assert np.array_equal(found.images, expected)

@@ -76,8 +76,8 @@ def ss2d_errors(path: Path) -> Errors:
     data = read(path)
     module = SS2D(d_model=8, d_state=16).double()
     errors = _module_errors(module, data, SSM)
-    (height, width), inner = data["x"].shape[1:3], data["core_in"].flatten(2).transpose(1, 2)
-    paths = module.scan.per_path(inner, module.x_proj(inner), height=height, width=width)
+    inner = data["core_in"].permute(0, 2, 3, 1)  # (b, h, w, d)
+    paths = module.scan.per_path(inner, module.x_proj(inner)).flatten(1, 2)  # (b, l, k, d)
     for name, path_index in {"y1": 0, "y2": 2, "y3": 1, "y4": 3}.items():
         errors[name] = relative_error(paths[:, :, path_index].transpose(1, 2), data[name])
     return errors

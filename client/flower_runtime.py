@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -131,7 +131,7 @@ def _execute(site: Site, port: int, token: str) -> None:
 @contextmanager
 def _supernode(
     site: Site, port: int, secret_file: Path
-) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+) -> Generator[tuple[subprocess.Popen[bytes], Path]]:
     """Run ``flower-supernode`` as a child that never outlives this process."""
     program = Path(sys.executable).with_name("flower-supernode")
     if not program.exists():

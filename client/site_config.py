@@ -27,36 +27,48 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9-]{0,31}$"
 class Limits(Section):
     """What a run may ask of this hospital."""
 
-    require_privacy: bool = Field(True, description="refuse runs with privacy.mode = off")
-    require_encryption: bool = Field(True, description="refuse runs with encryption.mode = off")
+    require_privacy: bool = Field(default=True, description="refuse runs with privacy.mode = off")
+    require_encryption: bool = Field(
+        default=True, description="refuse runs with encryption.mode = off"
+    )
     allowed_strategies: tuple[str, ...] = Field(
-        ("fedavg", "fedprox"), description="strategy.name must be one of these"
+        default=("fedavg", "fedprox"), description="strategy.name must be one of these"
     )
     allowed_sizes: tuple[str, ...] = Field(
-        ("nano", "tiny", "small", "base"),
+        default=("nano", "tiny", "small", "base"),
         description="model.size must be one of these; `custom` admits model.depths and dims",
     )
     max_local_epochs: Annotated[int, Field(gt=0)] = Field(
-        10, description="most passes over the site's data a round"
+        default=10, description="most passes over the site's data a round"
     )
     max_local_steps: Annotated[int, Field(gt=0)] = Field(
-        10_000, description="most optimiser steps a round"
+        default=10_000, description="most optimiser steps a round"
     )
-    max_image_size: Annotated[int, Field(gt=0)] = Field(512, description="largest input, pixels")
+    max_image_size: Annotated[int, Field(gt=0)] = Field(
+        default=512, description="largest input, pixels"
+    )
 
 
 class SiteConfig(Section):
     """One hospital's file."""
 
     site: str = Field(pattern=NAME_PATTERN, description="name, as the coordinator knows it")
-    federation: str = Field("federation", min_length=1, description="name all sites share")
-    superlink: str = Field("127.0.0.1:8000", description="coordinator's address, host:port")
-    state_dir: Path = Field(Path("state"), description="keys, audit log; relative to this file")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if present")
-    num_threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0: PyTorch's")
-    task: str = Field("", description="the run's `dataset` this data is for; empty: data.dataset")
+    federation: str = Field(default="federation", min_length=1, description="name all sites share")
+    superlink: str = Field(default="127.0.0.1:8000", description="coordinator's address, host:port")
+    state_dir: Path = Field(
+        default=Path("state"), description="keys, audit log; relative to this file"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: CUDA if present"
+    )
+    num_threads: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="CPU threads; 0: PyTorch's"
+    )
+    task: str = Field(
+        default="", description="the run's `dataset` this data is for; empty: data.dataset"
+    )
     data: DataSource
-    limits: Limits = Limits()  # pyright: ignore[reportCallIssue]
+    limits: Limits = Limits()
 
     @field_validator("superlink")
     @classmethod

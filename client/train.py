@@ -20,12 +20,13 @@ from torch import Tensor
 from client.data.transforms import augment_batch, augmentation, normalise
 from client.loss import class_weights, reweighted_loss
 from client.site import Site, Split
+from medmamba.config import MedMambaConfig
 from medmamba.model import MedMamba, no_weight_decay
 from medmamba.weights import load_arrays, to_arrays
 from strategies.errors import RefusalError
 from strategies.evaluation import EvaluationSums
 from strategies.records import Arrays
-from strategies.run_config import ModelSection, RunConfig, TrainingSection
+from strategies.run_config import RunConfig, TrainingSection
 from strategies.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def train(site: Site, run: RunConfig, server_round: int, weights: Arrays) -> Tra
         raise RefusalError("no-examples", "this site has no training examples")
     if num_examples == 1 and run.model.norm == "batch":
         raise RefusalError("too-few-examples", "model.norm=batch needs two training examples")
-    model = _model(run.model, site.device)
+    model = _model(_architecture(run), site.device)
     load_arrays(model, weights)
     model.train()
     torch.manual_seed(derive_seed(run.seed, "train", site.name, server_round))
@@ -139,7 +140,7 @@ def add_proximal_gradient(model: torch.nn.Module, anchor: list[Tensor], proximal
 def evaluate(site: Site, run: RunConfig, weights: Arrays, split_name: str) -> EvaluationSums:
     """Evaluate the global weights on one split of the site; empty splits give zero sums."""
     split = site.split(split_name, run.model)
-    model = _model(run.model, site.device)
+    model = _model(_architecture(run), site.device)
     load_arrays(model, weights)
     return evaluate_model(model, split, run.model.num_classes, site.device)
 
@@ -192,9 +193,13 @@ def batches(num_examples: int, settings: TrainingSection, *, seed: int) -> Itera
 
 
 @lru_cache(maxsize=1)
-def _model(model: ModelSection, device: torch.device) -> MedMamba:
+def _model(config: MedMambaConfig, device: torch.device) -> MedMamba:
     """Build the network once a process: its weights are overwritten at every use."""
-    return MedMamba.from_name(model.size, **model.architecture).to(device)
+    return MedMamba(config).to(device)
+
+
+def _architecture(run: RunConfig) -> MedMambaConfig:
+    return MedMambaConfig.from_name(run.model.size, **run.model.architecture)
 
 
 def _optimiser(model: MedMamba, settings: TrainingSection, rate: float) -> torch.optim.AdamW:

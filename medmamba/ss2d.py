@@ -8,7 +8,7 @@
 Invariant: what a path computes does not depend on the others; their outputs are summed at the
 pixel. Parameters that no ``nn.Linear`` or ``nn.Conv2d`` holds live in ``DirectionalScan``, which
 has no children: code that computes one gradient per example then meets them in one leaf module.
-Positional arguments of every ``forward`` have a leading batch dimension, for the same reason.
+Arguments of every ``forward`` are tensors with a leading batch dimension, for the same reason.
 
 Source: section 3.2 of arXiv 2403.03849; ``SS2D.forward_corev0`` of the official code.
 """
@@ -48,14 +48,15 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (b, h, w, d_model) to the same shape."""
-        height, width = x.shape[1:3]
+        grid = x.shape[1:3]
         x, gate = self.in_proj(x.flatten(1, 2)).chunk(2, dim=-1)  # twice (b, l, d)
         # Contiguous channels first: Opacus' convolution samplers are wrong for channels_last.
-        x = x.transpose(1, 2).unflatten(2, (height, width)).contiguous()  # (b, d, h, w)
-        x = functional.silu(self.depthwise(x)).flatten(2).transpose(1, 2)  # (b, l, d)
-        y = self.scan(x, self.x_proj(x), height=height, width=width)  # (b, l, d)
+        x = x.transpose(1, 2).unflatten(2, grid).contiguous()  # (b, d, h, w)
+        x = functional.silu(self.depthwise(x)).permute(0, 2, 3, 1)  # (b, h, w, d)
+        projected = self.x_proj(x.flatten(1, 2)).unflatten(1, grid)  # (b, h, w, (k (r + 2n)))
+        y = self.scan(x, projected).flatten(1, 2)  # (b, l, d)
         y = self.out_proj(self.out_norm(y) * functional.silu(gate))  # (b, l, d_model)
-        return y.unflatten(1, (height, width))  # (b, h, w, d_model)
+        return y.unflatten(1, grid)  # (b, h, w, d_model)
 
 
 class DirectionalScan(nn.Module):
@@ -86,33 +87,31 @@ class DirectionalScan(nn.Module):
         self.A_log = nn.Parameter(states.log().repeat(scanned, 1))
         self.D = nn.Parameter(torch.ones(scanned))
 
-    def forward(self, x: Tensor, projected: Tensor, *, height: int, width: int) -> Tensor:
+    def forward(self, x: Tensor, projected: Tensor) -> Tensor:
         """Scan along the four paths and sum what they give each pixel.
 
         Args:
-            x: Pixels in row order (b, (h w), d).
-            projected: For each pixel and path its delta, B and C (b, (h w), (k (r + 2n))).
-            height: Rows of the image.
-            width: Columns of the image.
+            x: What is scanned (b, h, w, d).
+            projected: For each pixel and path its delta, B and C (b, h, w, (k (r + 2n))).
 
         Returns:
-            (b, (h w), d), in the dtype of x.
+            (b, h, w, d), in the dtype of x.
         """
-        return self.per_path(x, projected, height=height, width=width).sum(2).to(x.dtype)
+        return self.per_path(x, projected).sum(3).to(x.dtype)
 
-    def per_path(self, x: Tensor, projected: Tensor, *, height: int, width: int) -> Tensor:
-        """Scan as ``forward`` does, but return each path's share (b, (h w), k, d), unsummed.
+    def per_path(self, x: Tensor, projected: Tensor) -> Tensor:
+        """Scan as ``forward`` does, but return each path's share (b, h, w, k, d), unsummed.
 
         The result is float32 or float64: autocast and half precision end before the scan.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         k, d_inner, rank = self.dt_weight.shape
         d_state = self.A_log.shape[1]
+        height, width = x.shape[1:3]
         with torch.autocast(x.device.type, enabled=False):
-            u = x.to(dtype).unsqueeze(2).expand(-1, -1, k, -1)  # (b, l, k, d)
-            u = to_paths(u, height, width)
-            projected = projected.to(dtype).unflatten(2, (k, -1))  # (b, l, k, r + 2n)
-            dt, B, C = to_paths(projected, height, width).split((rank, d_state, d_state), dim=-1)
+            u = to_paths(x.to(dtype).unsqueeze(3).expand(-1, -1, -1, k, -1))  # (b, l, k, d)
+            projected = projected.to(dtype).unflatten(3, (k, -1))  # (b, h, w, k, r + 2n)
+            dt, B, C = to_paths(projected).split((rank, d_state, d_state), dim=-1)
             delta = torch.einsum("blkr,kdr->blkd", dt, self.dt_weight.to(dtype))
             y = selective_scan(
                 u.flatten(2).transpose(1, 2),  # (b, (k d), l)
@@ -128,34 +127,29 @@ class DirectionalScan(nn.Module):
         return from_paths(y, height, width)
 
 
-def to_paths(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Reorder pixels (b, (h w), k, c) as each path visits them (b, l, k, c)."""
-    rows, columns, rows_back, columns_back = pixels.unbind(2)
+def to_paths(pixels: Tensor) -> Tensor:
+    """Reorder pixels (b, h, w, k, c) as each path visits them (b, l, k, c)."""
+    rows, columns, rows_back, columns_back = pixels.unbind(3)
     return torch.stack(
         (
-            rows,
-            _transpose(columns, height, width),
-            rows_back.flip(1),
-            _transpose(columns_back, height, width).flip(1),
+            rows.flatten(1, 2),
+            columns.transpose(1, 2).flatten(1, 2),
+            rows_back.flatten(1, 2).flip(1),
+            columns_back.transpose(1, 2).flatten(1, 2).flip(1),
         ),
         dim=2,
     )
 
 
 def from_paths(visited: Tensor, height: int, width: int) -> Tensor:
-    """Undo ``to_paths``: from the order of each path (b, l, k, c) to pixels (b, (h w), k, c)."""
+    """Undo ``to_paths``: from the order of each path (b, l, k, c) to pixels (b, h, w, k, c)."""
     rows, columns, rows_back, columns_back = visited.unbind(2)
     return torch.stack(
         (
-            rows,
-            _transpose(columns, width, height),
-            rows_back.flip(1),
-            _transpose(columns_back.flip(1), width, height),
+            rows.unflatten(1, (height, width)),
+            columns.unflatten(1, (width, height)).transpose(1, 2),
+            rows_back.flip(1).unflatten(1, (height, width)),
+            columns_back.flip(1).unflatten(1, (width, height)).transpose(1, 2),
         ),
-        dim=2,
+        dim=3,
     )
-
-
-def _transpose(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Go from row order (b, (h w), c) to column order (b, (w h), c)."""
-    return pixels.unflatten(1, (height, width)).transpose(1, 2).flatten(1, 2)

@@ -145,10 +145,9 @@ def partition_bars(
             what = ", ".join(f"{site} {n:,}" for site, n in zip(sites, totals, strict=True))
         else:
             figure, axes = _canvas(height_inches=2.9)
+            edges = range(len(sites) + 1)
             for k, look in enumerate(looks):
-                axes.fill_between(
-                    range(len(sites)), starts[:, k], ends[:, k], step="mid", linewidth=0, **look
-                )
+                axes.stairs(ends[:, k], edges, baseline=starts[:, k], fill=True, **look)
             axes.grid(axis="y")
             axes.set_xlabel("sites, in the order of the table; height: training images")
             what = f"{len(sites)} sites with {min(totals):,} to {max(totals):,} each"

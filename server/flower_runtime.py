@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,8 +72,8 @@ def superlink_command(*, port: int, secret_file: Path, database: Path) -> list[s
 def build_fab() -> bytes:
     """Pack the installed code as a Flower App Bundle; its hash names the code of a run.
 
-    Sites do not execute it. Built from pyproject's ``fab-include`` alone, so that no site file or data
-    slips in.
+    Sites do not execute it. Built from pyproject's ``fab-include`` alone, so that no site file or
+    data slips in.
 
     Raises:
         ConfigError: This installation is not a checkout with its pyproject.toml.
@@ -195,7 +195,7 @@ def _serve(address: str, token: str, run: RunConfig, main: Callable[[Grid, Conte
 
 
 @contextmanager
-def _superlink_errors(address: str) -> Iterator[None]:
+def _superlink_errors(address: str) -> Generator[None]:
     """Turn a connection that fails into one line."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     try:

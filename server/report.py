@@ -53,7 +53,7 @@ from strategies.run_config import flatten
 
 MAX_NAMED_SITES = NUM_COLOURS
 MAX_TABLE_SITES = 20
-MAX_REPLY_ROWS = 200
+MAX_REPLY_ROWS = 50
 
 # Metric, title and a word of explanation.
 COLUMNS = (

@@ -18,11 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from strategies.errors import ConfigError
 from strategies.run_config import explain
 
+_START = r"(?:file://|~\w*)?/(?!/)|[A-Za-z]:[\\/]|\\\\"
 _PATH = re.compile(
-    r"""(?P<quote>['"])(?:file://|~)?(?:/|[A-Za-z]:[\\/]).*?(?P=quote)"""
-    r"""|(?:file://|(?<![\w/.~])~?)/(?!/)[^\s'"<>|,;)\]]+"""
-    r"""|(?<!\w)[A-Za-z]:[\\/][^\s'"<>|,;)\]]+"""
-    r"""|\\\\[^\s'"<>|,;)\]]+"""
+    rf"""(?P<quote>['"])(?:{_START}).*?(?P=quote)"""  # quoted, so it may hold spaces
+    rf"""|(?<![\w/.<~])(?:{_START})[^\s'"<>|,;)\]]+"""
 )
 
 
@@ -185,6 +184,9 @@ def scrub(value: Any) -> Any:
     {'command': 'run.py --data-dir [path] --seed 1'}
     """
     if isinstance(value, str):
+        # Not a command line: the whole text may be a path with spaces in it.
+        if re.match(_START, value) and " -" not in value:
+            return "[path]"
         return _PATH.sub("[path]", value)
     if isinstance(value, Mapping):
         return {scrub(key): scrub(item) for key, item in value.items()}

@@ -67,7 +67,7 @@ tbody + tbody { border-top: 1px solid var(--ink); }
 .figures thead th:first-child, .figures tbody th {
   position: sticky; left: 0; background: var(--paper); text-align: left;
 }
-.figures tbody th { min-width: 6rem; }
+.figures tbody th { min-width: 7rem; }
 .figures small { font-size: .78rem; }
 .confusion td { text-align: center; min-width: 3.6rem; }
 .confusion td.hit { outline: 2px solid var(--ink); outline-offset: -2px; }

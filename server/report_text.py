@@ -29,8 +29,8 @@ def headline(summary: Summary, kind: str, num_sites: int) -> list[str]:
     """Say in plain words what came out."""
     pooled, worst, baseline = summary.pooled, summary.worst_site, summary.baselines.get("pooled")
     sentences = [
-        f"{summary.strategy} trained a {len(summary.classes)}-class model on "
-        f"{summary.dataset} across {plural(num_sites, kind)} in "
+        f"{summary.strategy} trained a classifier for {len(summary.classes)} classes "
+        f"on {summary.dataset} across {plural(num_sites, kind)} in "
         f"{plural(summary.num_server_rounds, 'round')} ({duration(summary.seconds)})."
     ]
     chosen = "" if summary.best_round is None else f" of round {summary.best_round}"
@@ -99,7 +99,7 @@ def course(summary: Summary, history: History) -> str:
     seconds = [line.seconds for line in history.rounds.values()]
     text = "Round 0 is the model before training."
     if summary.best_round is not None:
-        text += f" The dashed vertical line is round {summary.best_round}, whose model is reported."
+        text += f" The dotted vertical line is round {summary.best_round}, whose model is reported."
     if seconds:
         text += f" A round took {duration(median(seconds))} (median)."
     return text

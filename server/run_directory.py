@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -87,7 +87,7 @@ class RunDirectory:
         write_atomic(self.path / SUMMARY, to_json(summary))
 
     @contextmanager
-    def logging(self) -> Iterator[None]:
+    def logging(self) -> Generator[None]:
         """Write log lines into the directory's ``log.txt`` too."""
         handler = logging.FileHandler(self.path / LOG, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -128,7 +128,10 @@ class LocalGrid(Grid):
         decision = self._fault(site, message)
         if isinstance(decision, Message):
             return decision
-        received = Message(metadata=message.metadata, content=_over_the_wire(message.content))
+        received = Message(  # pyright: ignore[reportCallIssue]  # the overload is private
+            metadata=message.metadata,
+            content=_over_the_wire(message.content),
+        )
         try:
             reply = self._app(received, self._contexts[message.metadata.dst_node_id])
         except Exception as error:

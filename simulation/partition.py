@@ -163,9 +163,8 @@ def _even_order(
     return np.argsort(place, kind="stable")
 
 
-def _rows_of(manifest: Manifest, patients: list[str]) -> NDArray[np.int64]:
-    chosen = set(patients)
+def _rows_of(manifest: Manifest, patients: set[str]) -> NDArray[np.int64]:
     return np.array(
-        [row for row, example in enumerate(manifest.examples) if example.patient in chosen],
+        [row for row, example in enumerate(manifest.examples) if example.patient in patients],
         dtype=np.int64,
     )

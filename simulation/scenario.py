@@ -24,28 +24,31 @@ FOLDER = Path(__file__).parent / "scenarios"
 class FederationSection(Section):
     """The simulated sites."""
 
-    num_sites: Annotated[int, Field(gt=0, le=10_000)] = Field(3, description="simulated sites")
+    num_sites: Annotated[int, Field(gt=0, le=10_000)] = Field(
+        default=3, description="simulated sites"
+    )
     partition: Literal["dirichlet", "iid", "natural"] = Field(
-        "dirichlet", description="natural: the dataset's own sites"
+        default="dirichlet", description="natural: the dataset's own sites"
     )
     dirichlet_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        0.5, description="label skew: small is skewed, large is near iid"
+        default=0.5, description="label skew: small is skewed, large is near iid"
     )
     min_examples: Annotated[int, Field(gt=0)] = Field(
-        10, description="fewest training examples of a site; honoured or refused"
+        default=10, description="fewest training examples of a site; honoured or refused"
     )
     baselines: tuple[Literal["pooled"], ...] = Field(
-        (), description="pooled: one model on all data at the same number of optimiser steps"
+        default=(),
+        description="pooled: one model on all data at the same number of optimiser steps",
     )
 
 
 class Scenario(Section):
     """One simulated federation."""
 
-    description: str = Field("", description="what it shows, in a sentence")
-    data: DataSource = DataSource()
-    federation: FederationSection = FederationSection()  # pyright: ignore[reportCallIssue]
-    run: RunConfig = RunConfig()  # pyright: ignore[reportCallIssue]
+    description: str = Field(default="", description="what it shows, in a sentence")
+    data: DataSource = DataSource.model_validate({})
+    federation: FederationSection = FederationSection()
+    run: RunConfig = RunConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -111,7 +111,7 @@ class Reply:
     key_epoch: int = 0
     num_examples: int = 0
     update: Arrays = field(default_factory=dict)
-    metrics: Mapping[str, MetricValue] = field(default_factory=dict)
+    metrics: Mapping[str, MetricValue] = field(default_factory=dict[str, MetricValue])
 
     def number(self, name: str) -> float:
         """Return a metric that is one number; which ones are is checked on arrival."""
@@ -178,7 +178,7 @@ class Reply:
                 "signature": bytes,
             },
         )
-        signature = values.pop("signature")
+        signature = values["signature"]
         site, status, task = str(values["site"]), values["status"], values["task"]
         if site not in keys:
             raise ProtocolError(f"site={site!r} is not admitted to this federation")
@@ -199,8 +199,8 @@ class Reply:
             metrics=_metrics(content, declared_metrics(task, status)),
         )
         try:
-            document = reply.signed_document()
-            verify(keys[site], document, bytes(signature))
+            assert isinstance(signature, bytes)  # _envelope checked its type
+            verify(keys[site], reply.signed_document(), signature)
         except ValueError as error:
             raise ProtocolError("metrics hold a value that is not finite") from error
         return reply

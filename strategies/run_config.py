@@ -12,7 +12,7 @@ or zero, as each field says.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -28,7 +28,7 @@ from strategies.errors import ConfigError
 
 Scalar = bool | int | float | str
 
-METRIC_NAMES = (
+MetricName = Literal[
     "precision",
     "sensitivity",
     "specificity",
@@ -38,7 +38,8 @@ METRIC_NAMES = (
     "balanced_accuracy",
     "ece",
     "loss",
-)
+]
+METRIC_NAMES: tuple[str, ...] = get_args(MetricName)
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -65,25 +66,35 @@ class ModelSection(Section):
     """The classifier that every site trains (MedMamba, arXiv 2403.03849)."""
 
     size: Literal["nano", "tiny", "small", "base"] = Field(
-        "tiny", description="named size; the paper's larger small and base set depths themselves"
+        default="tiny",
+        description="named size; the paper's larger small and base set depths themselves",
     )
-    depths: str = Field("", description="blocks per stage, comma separated; empty: the size's")
-    dims: str = Field("", description="channels per stage, comma separated; empty: the size's")
-    num_classes: Annotated[int, Field(ge=2)] = Field(3, description="classes of the dataset")
-    in_channels: Literal[1, 3] = Field(3, description="3 repeats grey images, as published")
+    depths: str = Field(
+        default="", description="blocks per stage, comma separated; empty: the size's"
+    )
+    dims: str = Field(
+        default="", description="channels per stage, comma separated; empty: the size's"
+    )
+    num_classes: Annotated[int, Field(ge=2)] = Field(
+        default=3, description="classes of the dataset"
+    )
+    in_channels: Literal[1, 3] = Field(default=3, description="3 repeats grey images, as published")
     image_size: Annotated[int, Field(ge=16)] = Field(
-        64, description="side of the square input in pixels"
+        default=64, description="side of the square input in pixels"
     )
     small_images: Literal["resize", "pad"] = Field(
-        "resize",
+        default="resize",
         description="how images reach image-size: bilinear resize, or zero padding around them",
     )
-    patch_size: Positive = Field(4, description="stem patch in pixels; 2 admits 28-pixel images")
+    patch_size: Positive = Field(
+        default=4, description="stem patch in pixels; 2 admits 28-pixel images"
+    )
     norm: Literal["batch", "group"] = Field(
-        "group", description="batch is the paper's; group has no statistics that leave a site"
+        default="group",
+        description="batch is the paper's; group has no statistics that leave a site",
     )
     drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="largest stochastic-depth rate of the state-space branch"
+        default=0.1, description="largest stochastic-depth rate of the state-space branch"
     )
 
     @field_validator("depths", "dims")
@@ -133,47 +144,54 @@ class ModelSection(Section):
 class TrainingSection(Section):
     """Local training at a site; defaults are the published MedMamba protocol."""
 
-    learning_rate: PositiveFloat = Field(3e-4, description="AdamW, at the first round")
+    learning_rate: PositiveFloat = Field(default=3e-4, description="AdamW, at the first round")
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.05, description="AdamW; none on norms, biases, A_log and D"
+        default=0.05, description="AdamW; none on norms, biases, A_log and D"
     )
     schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="learning rate over the rounds of the run"
+        default="cosine", description="learning rate over the rounds of the run"
     )
-    batch_size: Positive = Field(64, description="examples a step")
-    local_epochs: Positive = Field(1, description="passes over the site's data a round")
+    batch_size: Positive = Field(default=64, description="examples a step")
+    local_epochs: Positive = Field(default=1, description="passes over the site's data a round")
     local_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="optimiser steps a round in place of local-epochs; 0: local-epochs decides"
+        default=0,
+        description="optimiser steps a round in place of local-epochs; 0: local-epochs decides",
     )
     class_weights: Literal["none", "inverse-frequency", "effective-number"] = Field(
-        "inverse-frequency", description="class-reweighted loss from the site's own counts"
+        default="inverse-frequency", description="class-reweighted loss from the site's own counts"
     )
     effective_number_beta: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.999, description="beta of Cui et al. (arXiv 1901.05555)"
+        default=0.999, description="beta of Cui et al. (arXiv 1901.05555)"
     )
     focal_gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.0, description="focal loss exponent (arXiv 1708.02002); 0: cross-entropy"
+        default=0.0, description="focal loss exponent (arXiv 1708.02002); 0: cross-entropy"
     )
-    augment: bool = Field(True, description="the published augmentation list")
+    augment: bool = Field(default=True, description="the published augmentation list")
 
 
 class StrategySection(Section):
     """How updates become the next global weights, and how long to wait for them."""
 
-    name: Literal["fedavg", "fedprox"] = Field("fedavg", description="aggregation algorithm")
+    name: Literal["fedavg", "fedprox"] = Field(
+        default="fedavg", description="aggregation algorithm"
+    )
     proximal_mu: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.0, description="FedProx term in every site's loss; 0 equals fedavg"
+        default=0.0, description="FedProx term in every site's loss; 0 equals fedavg"
     )
-    min_sites: Positive = Field(2, description="quorum: fewer valid updates end the run")
+    min_sites: Positive = Field(default=2, description="quorum: fewer valid updates end the run")
     max_num_examples: Positive = Field(
-        1_000_000, description="largest num-examples a site may claim"
+        default=1_000_000, description="largest num-examples a site may claim"
     )
-    wait_seconds: PositiveFloat = Field(300.0, description="deadline for the cohort to connect")
+    wait_seconds: PositiveFloat = Field(
+        default=300.0, description="deadline for the cohort to connect"
+    )
     round_timeout_seconds: PositiveFloat = Field(
-        3600.0, description="deadline for the replies of a round; also the instructions' lifetime"
+        default=3600.0,
+        description="deadline for the replies of a round; also the instructions' lifetime",
     )
-    selection_metric: Literal[METRIC_NAMES] = Field(  # pyright: ignore[reportInvalidTypeForm]
-        "auc", description="chooses the round on validation data; loss and ece: lower is better"
+    selection_metric: MetricName = Field(
+        default="auc",
+        description="chooses the round on validation data; loss and ece: lower is better",
     )
 
     @model_validator(mode="after")
@@ -188,30 +206,34 @@ class StrategySection(Section):
 class PrivacySection(Section):
     """Differential privacy at the sites."""
 
-    mode: Literal["off"] = Field("off", description="off: updates carry no privacy guarantee")
+    mode: Literal["off"] = Field(
+        default="off", description="off: updates carry no privacy guarantee"
+    )
 
 
 class EncryptionSection(Section):
     """Encryption of updates towards the coordinator."""
 
-    mode: Literal["off"] = Field("off", description="off: the coordinator sees each site's update")
+    mode: Literal["off"] = Field(
+        default="off", description="off: the coordinator sees each site's update"
+    )
 
 
 class RunConfig(Section):
     """Everything that defines a run, whoever runs it."""
 
     dataset: Annotated[str, Field(min_length=1)] = Field(
-        "phantom", description="the task; each site maps it to its own data"
+        default="phantom", description="the task; each site maps it to its own data"
     )
-    num_server_rounds: Positive = Field(20, description="rounds of the run")
+    num_server_rounds: Positive = Field(default=20, description="rounds of the run")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        0, description="initial weights and training order; never privacy randomness"
+        default=0, description="initial weights and training order; never privacy randomness"
     )
-    model: ModelSection = ModelSection()  # pyright: ignore[reportCallIssue]
-    training: TrainingSection = TrainingSection()  # pyright: ignore[reportCallIssue]
-    strategy: StrategySection = StrategySection()  # pyright: ignore[reportCallIssue]
-    privacy: PrivacySection = PrivacySection()  # pyright: ignore[reportCallIssue]
-    encryption: EncryptionSection = EncryptionSection()  # pyright: ignore[reportCallIssue]
+    model: ModelSection = ModelSection()
+    training: TrainingSection = TrainingSection()
+    strategy: StrategySection = StrategySection()
+    privacy: PrivacySection = PrivacySection()
+    encryption: EncryptionSection = EncryptionSection()
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> RunConfig:

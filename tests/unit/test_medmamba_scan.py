@@ -126,7 +126,7 @@ def test_one_group_goes_with_several():
 def test_half_precision_is_scanned_in_float32(dtype):
     half = make_inputs(2, 4, 40, 3, groups=2, dtype=dtype)
     out, state = selective_scan(**half, delta_softplus=True, return_last_state=True)
-    single = {name: tensor.float() for name, tensor in half.items()}
+    single: dict[str, Any] = {name: tensor.float() for name, tensor in half.items()}
     expected, expected_state = selective_scan(**single, delta_softplus=True, return_last_state=True)
     assert (out.dtype, state.dtype) == (dtype, torch.float32)
     assert torch.equal(out, expected.to(dtype))
@@ -141,7 +141,7 @@ def test_double_precision_stays_double():
 def test_memory_layout_does_not_matter():
     inputs = make_inputs(2, 4, 6, 3, groups=2)
     expected = selective_scan(**inputs)
-    apart = {k: torch.stack((t, t), -1)[..., 0] for k, t in inputs.items()}
+    apart: dict[str, Any] = {k: torch.stack((t, t), -1)[..., 0] for k, t in inputs.items()}
     apart["u"] = inputs["u"].permute(2, 0, 1).contiguous().permute(1, 2, 0)
     assert not any(tensor.is_contiguous() for tensor in apart.values())
     torch.testing.assert_close(selective_scan(**apart), expected, rtol=1e-14, atol=1e-14)

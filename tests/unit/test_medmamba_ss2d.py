@@ -22,14 +22,18 @@ def projected_width(scan):
 
 
 def inputs_of(scan, b, height, width, dtype=torch.float32):
-    x = torch.randn(b, height * width, scan.dt_weight.shape[1], dtype=dtype)
-    return x, torch.randn(b, height * width, projected_width(scan), dtype=dtype)
+    x = torch.randn(b, height, width, scan.dt_weight.shape[1], dtype=dtype)
+    return x, torch.randn(b, height, width, projected_width(scan), dtype=dtype)
+
+
+def orders(height, width):
+    """The number of the pixel that each path visits at each step (l, k)."""
+    pixels = torch.arange(height * width).view(1, height, width, 1, 1)
+    return to_paths(pixels.expand(-1, -1, -1, 4, -1))[0, :, :, 0]
 
 
 def test_paths_visit_pixels_along_rows_along_columns_and_back():
-    pixels = torch.arange(6).view(1, 6, 1, 1).expand(-1, -1, 4, -1)  # 2 rows of 3
-    visited = to_paths(pixels, 2, 3)[0, :, :, 0].T.tolist()
-    assert visited == [
+    assert orders(height=2, width=3).T.tolist() == [
         [0, 1, 2, 3, 4, 5],
         [0, 3, 1, 4, 2, 5],
         [5, 4, 3, 2, 1, 0],
@@ -39,21 +43,20 @@ def test_paths_visit_pixels_along_rows_along_columns_and_back():
 
 @given(st.integers(0, 3), sizes, sizes)
 def test_pixels_come_back_from_their_paths(b, height, width):
-    pixels = torch.randn(b, height * width, 4, 2)
-    assert torch.equal(from_paths(to_paths(pixels, height, width), height, width), pixels)
+    pixels = torch.randn(b, height, width, 4, 2)
+    assert torch.equal(from_paths(to_paths(pixels), height, width), pixels)
 
 
 def test_each_path_is_one_selective_scan_over_its_own_order():
     torch.manual_seed(0)
     scan = DirectionalScan(d_inner=6, d_state=3, rank=2).double()
     x, projected = inputs_of(scan, 2, 3, 4, torch.float64)
-    per_path = scan.per_path(x, projected, height=3, width=4)
-    orders = to_paths(torch.arange(12).view(1, 12, 1, 1).expand(-1, -1, 4, -1), 3, 4)[0, :, :, 0]
+    per_path = scan.per_path(x, projected)
     for k in range(4):
-        order, own = orders[:, k], slice(6 * k, 6 * (k + 1))
+        order, own = orders(height=3, width=4)[:, k], slice(6 * k, 6 * (k + 1))
         dt, B, C = projected.view(2, 12, 4, 8)[:, order, k].transpose(1, 2).split((2, 3, 3), 1)
         y = selective_scan(
-            x[:, order].transpose(1, 2),
+            x.view(2, 12, 6)[:, order].transpose(1, 2),
             scan.dt_weight[k] @ dt,
             -scan.A_log[own].exp(),
             B,
@@ -62,26 +65,25 @@ def test_each_path_is_one_selective_scan_over_its_own_order():
             delta_bias=scan.dt_bias[own],
             delta_softplus=True,
         )
-        torch.testing.assert_close(per_path[:, order, k], y.transpose(1, 2))
-    total = scan(x, projected, height=3, width=4)
-    torch.testing.assert_close(total, per_path.sum(2))
+        torch.testing.assert_close(per_path.flatten(1, 2)[:, order, k], y.transpose(1, 2))
+    torch.testing.assert_close(scan(x, projected), per_path.sum(3))
 
 
 def test_autocast_does_not_reach_the_scan():
     torch.manual_seed(0)
     scan = DirectionalScan(d_inner=8, d_state=4, rank=2)
     x, projected = inputs_of(scan, 2, 3, 5)
-    expected = scan(x, projected, height=3, width=5)
+    expected = scan(x, projected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(scan(x, projected, height=3, width=5), expected)
+        assert torch.equal(scan(x, projected), expected)
 
 
 def test_half_precision_inputs_are_scanned_in_float32():
     torch.manual_seed(0)
     scan = DirectionalScan(d_inner=8, d_state=4, rank=2)
     x, projected = (tensor.bfloat16() for tensor in inputs_of(scan, 2, 3, 5))
-    out = scan(x, projected, height=3, width=5)
-    expected = scan(x.float(), projected.float(), height=3, width=5)
+    out = scan(x, projected)
+    expected = scan(x.float(), projected.float())
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, expected.bfloat16())
 

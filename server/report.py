@@ -328,6 +328,9 @@ def _settings(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return dotted names and values as TOML would show them."""
     pairs = []
     for name, value in sorted(flatten(values).items()):
-        text = str(value).lower() if isinstance(value, bool) else str(value)
+        parts = value if isinstance(value, list) else [value]
+        text = ", ".join(
+            str(part).lower() if isinstance(part, bool) else str(part) for part in parts
+        )
         pairs.append((name.replace("_", "-"), text or "(not set)"))
     return pairs

@@ -254,8 +254,8 @@ def _parse(text: str, place: str) -> Any:
     try:
         # A figure that is not finite does not exist.
         return scrub(json.loads(text, parse_constant=lambda _: None))
-    except json.JSONDecodeError as error:
-        raise _damaged(place, f"not JSON: {error.msg} at line {error.lineno}") from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(place, f"not JSON: {error}") from None
 
 
 def _damaged(place: str, problem: str) -> ConfigError:

@@ -64,6 +64,7 @@ tbody th { text-align: left; }
 tbody tr + tr > * { border-top: 1px solid var(--rule); }
 tbody + tbody { border-top: 1px solid var(--ink); }
 .text { text-align: left; }
+td.text:last-child { overflow-wrap: anywhere; min-width: 9rem; }
 .figures thead th:first-child, .figures tbody th {
   position: sticky; left: 0; background: var(--paper); text-align: left;
 }
@@ -89,8 +90,8 @@ figure svg * { stroke-linejoin: round; }
   display: flex; gap: 1rem; justify-content: space-between; break-inside: avoid;
   border-bottom: 1px solid var(--rule); padding: .18rem 0;
 }
-.settings dt { color: var(--muted); }
-.settings dd { margin: 0; text-align: right; min-width: 0; font-variant-numeric: tabular-nums; }
+.settings dt { color: var(--muted); flex: none; max-width: 65%; }
+.settings dd { margin: 0; text-align: right; min-width: 0; overflow-wrap: anywhere; }
 code { font: .88rem ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; }
 summary { cursor: pointer; margin: .6rem 0; }
 ul.methods { padding-left: 1.2rem; max-width: 46rem; }

@@ -127,7 +127,7 @@ class EvaluationSums:
     def _count(cls, z: NDArray[np.float64], y: NDArray[np.int64]) -> EvaluationSums:
         n, c = z.shape
         predicted = z.argmax(axis=1)
-        shifted = z - z.max(axis=1, keepdims=True, initial=-np.inf)
+        shifted = z - z.max(axis=1, keepdims=True)
         total = np.exp(shifted).sum(axis=1)
         losses = _quantize(np.log(total) - shifted[np.arange(n), y])
         confidence = _quantize(1.0 / total)
@@ -250,7 +250,7 @@ class EvaluationSums:
 def _log_odds(z: NDArray[np.float64], k: int) -> NDArray[np.float64]:
     """Return class k's log-odds against the rest; exact for two classes. ``(n, c) -> (n,)``."""
     rest = np.delete(z, k, axis=1)  # (n, c - 1)
-    top = rest.max(axis=1, initial=-np.inf)  # (n,)
+    top = rest.max(axis=1)  # (n,)
     return z[:, k] - (top + np.log(np.exp(rest - top[:, None]).sum(axis=1)))
 
 

@@ -102,7 +102,8 @@ def read_npz_layout(
 
 def _read_arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, because np.load leaves its own file open when the archive is damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [key for key in KEYS if key not in archive]
             if missing:
                 raise DataError(f"file={path} lacks {', '.join(missing)}", _EXPORT_HINT)

@@ -64,7 +64,7 @@ def phantom(
     for site in sites:
         rng = np.random.default_rng(derive_seed(seed, "phantom", site))
         owners, labels = _patients(patients_per_site, rng)
-        anatomy = _anatomy(owners, labels, rng)
+        anatomy = draw_anatomy(owners, labels, rng)
         images.append(render(anatomy, scanner(site), image_size, rng))
         examples.extend(_examples(site, owners, labels, f"phantom:{seed}:{image_size}", seed))
     return ImageDataset(Manifest("phantom", CLASSES, tuple(examples)), np.concatenate(images))
@@ -106,10 +106,16 @@ def _examples(
     ]
 
 
-def _anatomy(
+def draw_anatomy(
     owners: npt.NDArray[np.int64], labels: Sequence[int], rng: np.random.Generator
 ) -> Anatomy:
-    """Draws patients, then a view of its patient for each image."""
+    """Draws patients, then a view of its patient for each image.
+
+    Args:
+        owners: The patient of each image, shape (n,), from 0.
+        labels: The class of each patient.
+        rng: Source of every draw.
+    """
     patients, views = len(labels), len(owners)
     kind = np.asarray(labels)
     malignant = kind == CLASSES.index("malignant")

@@ -1,6 +1,7 @@
 """A file in MedMNIST's layout is read whole and checked, or refused in one line."""
 
 import contextlib
+import gc
 import io
 import zipfile
 
@@ -140,6 +141,15 @@ def test_a_truncated_file_is_refused_in_one_line(tmp_path, share):
         read(path)
     assert "\n" not in str(error.value)
     assert error.value.hint == "fetch or copy the file again"
+
+
+def test_a_damaged_directory_is_refused_and_the_file_is_closed(tmp_path):
+    path = write(tmp_path / "toy.npz", arrays())
+    path.write_bytes(path.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x03"))
+    # A handle left open is a warning, and so an error, as soon as the exception is gone.
+    with pytest.raises(DataError, match="cannot be read: Bad magic number for central directory"):
+        read(path)
+    gc.collect()
 
 
 def _file_bytes(compressed: bool) -> bytes:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from client.data import ultrasound
-from client.data.phantom import CLASSES, phantom, scanner
+from client.data.phantom import CLASSES, draw_anatomy, phantom, scanner
 from client.data.ultrasound import Anatomy, Scanner, render
 from strategies.errors import DataError
 
@@ -191,10 +191,35 @@ def test_the_scanner_decides_how_bright_the_image_is(change, sign):
     assert sign * difference > 10
 
 
-def test_attenuation_darkens_with_depth_and_blur_softens():
-    top_bottom = shown(PLAIN._replace(attenuation=20.0))
-    assert top_bottom[10:30].mean() - top_bottom[100:].mean() > 30
-    assert shown(PLAIN._replace(blur=1.0))[20:].std() < 0.8 * shown()[20:].std()
+def test_attenuation_darkens_with_depth():
+    image = shown(PLAIN._replace(attenuation=20.0))
+    assert image[10:30].mean() - image[100:].mean() > 30
+
+
+def test_blur_softens_in_both_directions():
+    sharp, soft = shown()[20:], shown(PLAIN._replace(blur=1.0))[20:]
+    for axis in (0, 1):
+        assert np.diff(soft, axis=axis).std() < 0.7 * np.diff(sharp, axis=axis).std()
+
+
+def test_skin_is_a_bright_line_on_top():
+    image = shown(lesion=[0], size=256)
+    assert image[2:9].mean() > image[20:60].mean() + 10
+
+
+def test_malignant_patients_have_spicules_and_benign_ones_none():
+    labels = [CLASSES.index("benign")] * 20 + [CLASSES.index("malignant")] * 20
+    anatomy = draw_anatomy(np.arange(40), labels, np.random.default_rng(0))
+    tallest = anatomy.spicules[:, :, 0].max(axis=1)
+    assert tallest[:20].max() == 0
+    assert tallest[20:].mean() > 0.15
+
+
+def test_fibres_and_relief_vary_the_tissue():
+    even = shown().std()
+    nodes = np.random.default_rng(1).standard_normal((1, 6, 4))
+    assert shown(texture=nodes, strength=[[6, 0]]).std() > 1.1 * even
+    assert shown(fibres=nodes, strength=[[0, 20]]).mean() > shown().mean() + 3
 
 
 def rank_auc(scores: np.ndarray, positive: np.ndarray) -> float:

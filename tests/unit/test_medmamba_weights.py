@@ -208,7 +208,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(file, monkeypatch):
 
 
 def test_a_file_is_replaced_whole(file):
-    weights.save(make(seed=1), file)
+    before = file.read_bytes()
+    with file.open("rb") as reader:
+        weights.save(make(seed=1), file)
+        assert reader.read() == before
     assert_same(weights.load(file).state_dict(), make(seed=1).state_dict())
     assert list(file.parent.iterdir()) == [file]
 

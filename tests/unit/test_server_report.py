@@ -259,6 +259,7 @@ def test_confusion_matrix_has_counts_and_shares_of_the_row(tmp_path):
     page, words = render(tmp_path, change)
     assert "normal 1,200 80% 300 20% 0 0% benign 0 0 0 malignant 1 25% 0 0% 3 75%" in words
     assert "rgba(var(--shade), 0.480)" in page
+    assert page.count('class="hit"') == 3
 
 
 def test_warns_where_protection_was_off_and_where_the_run_was_simulated(tmp_path, plain):
@@ -319,6 +320,20 @@ def test_an_encrypted_run_says_why_it_has_no_figures(tmp_path):
     assert "the metrics of an encrypted run are not readable here" in words
     assert "Validation AUC higher is better No values were recorded." in words
     assert "across 4 simulated sites" in words
+
+
+def test_configuration_and_provenance_are_shown(tmp_path):
+    def change(files):
+        files["config.json"]["scenario"] = {"federation": {"baselines": ["pooled"], "num-sites": 4}}
+        files["config.json"]["git_commit"] = None
+
+    _, words = render(tmp_path, change)
+    assert "model.depths (not set) model.norm group model.size nano num-server-rounds 6" in words
+    assert "training.augment true training.batch-size 64 training.learning-rate 0.0003" in words
+    assert "Scenario federation.baselines pooled federation.num-sites 4 Provenance" in words
+    assert "run uuid 7b7d1f6e-0f0e-4ef5-9d35-5f1c5d0f6a11 git commit n/a (not recorded)" in words
+    assert "device cpu num-threads 2 scan-backend native" in words
+    assert "Versions flwr 1.41.0 torch 2.13.0" in words
 
 
 def test_optional_files_and_keys_may_be_absent(tmp_path):
@@ -500,11 +515,15 @@ def test_a_site_that_missed_a_round_has_a_gap_in_its_training_loss(plain):
 
 def test_of_a_round_done_twice_the_last_counts(tmp_path):
     def change(files):
-        line = next(entry for entry in files["history.jsonl"] if entry["type"] == "evaluation")
-        files["history.jsonl"].append({**line, "pooled": {"auc": 0.123}})
+        first = {line["type"]: line for line in reversed(files["history.jsonl"])}
+        files["history.jsonl"] += [
+            {**first["evaluation"], "pooled": {"auc": 0.123}},
+            {**first["round"], "train_loss": 0.456},
+        ]
 
     page, _ = render(tmp_path, change, charts=True)
     assert "Validation AUC by server round. All sites: 0.123 at round 0" in page
+    assert "Training loss by server round. All sites: 0.456 at round 1" in page
 
 
 def test_lines_and_splits_that_the_report_does_not_show_are_left_alone(tmp_path, plain):
@@ -536,7 +555,7 @@ def test_a_missing_file_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["config.json", "history.jsonl", "summary.json", "partition.json"])
-@pytest.mark.parametrize("content", [b'{"run_uuid": "7', b"\xff\xfe", b"[1]", b"7"])
+@pytest.mark.parametrize("content", [b'{"run_uuid": "7', b"\xff\xfe", b"[1]", b"7", b"[" * 9999])
 def test_a_damaged_file_is_named(tmp_path, name, content):
     (write_files(tmp_path) / name).write_bytes(content)
     with pytest.raises(ConfigError, match=f"^{name}") as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -85,12 +86,12 @@ def test_two_classes_are_exact_mirror_images():
     assert np.array_equal(scores[0], scores[1, ::-1, ::-1])
 
 
-def test_shifting_all_logits_changes_nothing():
+@pytest.mark.parametrize("shift", [-1024, 1024])
+def test_shifting_all_logits_changes_nothing(shift):
     logits, labels = draw(1, 50, 3)
     logits = np.round(logits * 8) / 8
-    assert EvaluationSums.from_logits(logits + 1024, labels) == EvaluationSums.from_logits(
-        logits, labels
-    )
+    expected = EvaluationSums.from_logits(logits, labels)
+    assert EvaluationSums.from_logits(logits + shift, labels) == expected
 
 
 def test_extreme_logits_stay_finite_and_land_in_the_outer_bins():
@@ -110,7 +111,9 @@ def test_an_empty_batch_is_zero():
 
 def test_equality_looks_at_every_part():
     sums = EvaluationSums.from_logits(*draw(2, 9, 2))
-    assert sums != EvaluationSums.zeros(2)
+    assert sums == replace(sums, confusion=sums.confusion.copy())
+    for field in fields(sums):
+        assert sums != replace(sums, **{field.name: getattr(sums, field.name) + 1})
     assert sums != "sums"
 
 
@@ -148,10 +151,11 @@ def test_sums_of_different_classes_do_not_add():
         EvaluationSums.zeros(2) + EvaluationSums.zeros(3)
 
 
-def altered(key: str, index: int, change: float) -> dict:
+def altered(key: str, *changes: tuple[int, float]) -> dict:
     values = EvaluationSums.from_logits(*draw(3, 30, 2)).to_metrics("val")
     values[key] = list(values[key])
-    values[key][index] += change
+    for index, change in changes:
+        values[key][index] += change
     return values
 
 
@@ -195,7 +199,15 @@ def test_sums_of_another_number_of_classes_are_refused():
 )
 def test_totals_that_contradict_each_other_are_refused(key, index, change, message):
     with pytest.raises(ProtocolError, match=message):
-        EvaluationSums.from_metrics("val", altered(key, index, change), 2)
+        EvaluationSums.from_metrics("val", altered(key, (index, change)), 2)
+
+
+@pytest.mark.parametrize(("row", "message"), [(0, "examples"), (2, "correct")])
+def test_counts_of_calibration_are_whole(row, message):
+    first = row * CALIBRATION_BINS + CALIBRATION_BINS - 2
+    values = altered("val-calibration", (first, -0.5), (first + 1, 0.5))
+    with pytest.raises(ProtocolError, match=f"val-calibration counts .*{message}"):
+        EvaluationSums.from_metrics("val", values, 2)
 
 
 def test_a_loss_of_no_examples_is_refused():

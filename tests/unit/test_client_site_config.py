@@ -1,0 +1,169 @@
+"""A site's file: relative paths are its own, wrong keys get the nearest name, addresses parse."""
+
+from pathlib import Path
+
+import pytest
+
+from client.site_config import SITES_VARIABLE, SiteConfig, is_loopback, read_site_config, site_file
+from strategies.errors import ConfigError, DataError
+
+MINIMAL = 'site = "A"\n[data]\ndataset = "phantom"\n'
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(text: str | bytes) -> Path:
+        path = tmp_path / "A.toml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return _write
+
+
+def test_a_minimal_file_has_the_safe_defaults(write, tmp_path):
+    config = read_site_config(write(MINIMAL))
+    assert config.site == "A"
+    assert config.limits.require_privacy
+    assert config.limits.require_encryption
+    assert "custom" not in config.limits.allowed_sizes
+    assert config.run_dataset == "phantom"
+    assert config.state_dir == tmp_path / "state"
+
+
+def test_relative_paths_are_relative_to_the_file(write, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    text = 'site = "A"\nstate-dir = "keys"\n[data]\ndataset = "npz"\n'
+    config = read_site_config(write(text + 'file = "own/a.npz"\nclasses = ["x", "y"]\n'))
+    assert config.state_dir == tmp_path / "keys"
+    assert config.data.file == tmp_path / "own/a.npz"
+    text = 'site = "A"\n[data]\ndataset = "breastmnist"\ndata-dir = "../medmnist"\n'
+    data_dir = read_site_config(write(text)).data.data_dir
+    assert data_dir is not None
+    assert data_dir.resolve() == tmp_path.parent / "medmnist"
+
+
+def test_absolute_paths_stay(write):
+    text = 'site = "A"\nstate-dir = "/srv/a"\n[data]\ndataset = "breastmnist"\ndata-dir = "/d"\n'
+    config = read_site_config(write(text))
+    assert config.state_dir == Path("/srv/a")
+    assert config.data.data_dir == Path("/d")
+
+
+def test_a_tilde_is_the_home_folder(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/radiology")
+    text = 'site = "A"\n[data]\ndataset = "npz"\nfile = "~/a.npz"\nclasses = ["x", "y"]\n'
+    file = read_site_config(write(text)).data.file
+    assert file is not None
+    assert file.expanduser() == Path("/home/radiology/a.npz")
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ('sight = "A"\n' + MINIMAL, "A.toml: unknown key sight='A'", "did you mean site?"),
+        (MINIMAL + "patient-per-site = 3\n", "unknown key data.patient-per-site=3", "patients-per"),
+        (MINIMAL + "[limits]\nmax-epochs = 3\n", "unknown key limits.max-epochs=3", "max-local-ep"),
+        (MINIMAL + '[limit]\nx = "y"\n', "unknown key limit={'x': 'y'}", "did you mean limits?"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_name(write, text, message, hint):
+    with pytest.raises(ConfigError) as error:
+        read_site_config(write(text))
+    assert message in str(error.value)
+    assert hint in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[data]\n", "A.toml: site is missing"),
+        ('site = "A"\n', "A.toml: data is missing"),
+        ('site = "A"\ndata = 3\n', "A.toml: data=3: "),
+        ('site = "hospital a"\n[data]\n', "A.toml: site='hospital a': "),
+        (f'site = "{"x" * 33}"\n[data]\n', "A.toml: site='xxx"),
+        ('device = "tpu"\n' + MINIMAL, "A.toml: device='tpu': Input should be 'auto', 'cpu' or"),
+        (MINIMAL + "[limits]\nmax-local-steps = 0\n", "A.toml: limits.max-local-steps=0: "),
+        (MINIMAL + '[limits]\nrequire-privacy = "maybe"\n', "limits.require-privacy='maybe': "),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_file(write, text, message):
+    with pytest.raises(ConfigError) as error:
+        read_site_config(write(text))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_data_set_that_does_not_exist_is_refused(write):
+    with pytest.raises(DataError, match="dataset='fantom' expected one of") as error:
+        read_site_config(write('site = "A"\n[data]\ndataset = "fantom"\n'))
+    assert error.value.hint == "did you mean phantom?"
+
+
+@pytest.mark.parametrize(
+    "superlink", ["127.0.0.1", ":8000", "host:", "host:0", "host:65536", "host:80x", "8000", ""]
+)
+def test_an_address_is_host_and_port(write, superlink):
+    with pytest.raises(ConfigError) as error:
+        read_site_config(write(f'superlink = "{superlink}"\n' + MINIMAL))
+    assert f"superlink='{superlink}': expected host:port, such as 127.0.0.1:8000" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize("superlink", ["hospital.example:443", "[::1]:8000", "10.0.0.1:65535"])
+def test_usual_addresses_are_accepted(write, superlink):
+    config = read_site_config(write(f'superlink = "{superlink}"\n' + MINIMAL))
+    assert config.superlink == superlink
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"site = A\n", "is not TOML: "), (b'site = "\xff"\n', "is not TOML: ")],
+)
+def test_a_file_that_is_not_toml_is_said_to_be_so(write, content, message):
+    with pytest.raises(ConfigError, match=r"site file .*A\.toml is not TOML: "):
+        read_site_config(write(content))
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be read \(No such file") as error:
+        read_site_config(tmp_path / "B.toml")
+    assert "python -m client init" in error.value.hint
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
+        read_site_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("127.0.0.1:8000", True),
+        ("127.0.0.2:8000", True),
+        ("[::1]:8000", True),
+        ("localhost:8000", True),
+        ("hospital.example:8000", False),
+        ("localhost.example:8000", False),
+        ("127.0.0.1.example:8000", False),
+        ("10.0.0.1:8000", False),
+        ("0.0.0.0:8000", False),
+        ("[::]:8000", False),
+        ("[fe80::1]:8000", False),
+        ("", False),
+    ],
+)
+def test_only_loopback_stays_on_this_machine(address, expected):
+    assert is_loopback(address) is expected
+
+
+def test_where_a_sites_file_is(monkeypatch, tmp_path):
+    named = tmp_path / "x.toml"
+    assert site_file("A", named) == named
+    monkeypatch.setenv(SITES_VARIABLE, str(tmp_path))
+    assert site_file("A", None) == tmp_path / "A.toml"
+    monkeypatch.delenv(SITES_VARIABLE)
+    assert site_file("A", None).parts[-3:] == ("client", "sites", "A.toml")
+
+
+def test_nothing_of_a_site_can_be_changed_once_read():
+    config = SiteConfig.model_validate({"site": "A", "data": {}})
+    with pytest.raises(ValueError, match="frozen"):
+        config.limits.require_privacy = False

@@ -18,7 +18,7 @@ from client.site_config import SiteConfig
 from client.train import TrainResult, add_proximal_gradient, batches, evaluate, learning_rate, train
 from medmamba.model import MedMamba
 from medmamba.weights import load_arrays, to_arrays
-from strategies.errors import RefusalError
+from strategies.errors import ConfigError, RefusalError
 from strategies.evaluation import EvaluationSums
 from strategies.records import Arrays
 from strategies.run_config import RunConfig, TrainingSection
@@ -337,6 +337,18 @@ def test_one_example_trains_with_groups_and_declines_with_batches(make_site):
     with pytest.raises(RefusalError) as error:
         train(make_site(dataset=single), run, 1, initial(run))
     assert error.value.code == "too-few-examples"
+
+
+def test_batches_of_one_are_refused_by_name_where_batch_norm_cannot_take_them(make_site):
+    """One image that reaches the last stage as one position has no variance."""
+    with pytest.raises((ConfigError, RefusalError), match="batch-size=1"):
+        run = make_run(
+            model__norm="batch",
+            model__depths="1,1,1",
+            model__dims="8,16,32",
+            training__batch_size=1,
+        )
+        train(make_site(), run, 1, initial(run))
 
 
 @pytest.mark.parametrize("kind", ["inverse-frequency", "effective-number"])

@@ -1,0 +1,213 @@
+"""Scenarios: what is shipped loads, changes land where they belong, mistakes get the nearest name."""
+
+import json
+
+import pytest
+
+from client.data.source import DataSource
+from simulation.run import command
+from simulation.scenario import FOLDER, Scenario, names, parse_scenario, read_scenario
+from strategies.errors import ConfigError, DataError
+from strategies.run_config import RunConfig, parse_assignments
+
+
+def read(name: str = "quick", *assignments: str) -> Scenario:
+    return read_scenario(name, parse_assignments(list(assignments)))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(text: str) -> str:
+        path = tmp_path / "mine.toml"
+        path.write_text(text)
+        return str(path)
+
+    return _write
+
+
+# --- shipped
+
+
+def test_quick_is_shipped():
+    assert "quick" in names()
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_shipped_scenario_loads_and_says_what_it_shows(name):
+    scenario = read(name)
+    assert scenario.description
+    assert scenario.run.dataset == scenario.data.dataset
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_shipped_scenario_begins_with_the_command_that_runs_it(name):
+    header = []
+    for line in (FOLDER / f"{name}.toml").read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        header.append(line.removeprefix("#").strip())
+    commands = [line for line in header if line.startswith("python simulation/run.py")]
+    assert len(commands) >= 1
+    assert name == "quick" or f"--scenario {name}" in commands[0]
+    assert any(line.startswith("Expected") for line in header)
+
+
+# --- changes
+
+
+def test_changes_land_in_the_run_the_federation_or_the_data():
+    changed = read(
+        "quick",
+        "seed=7",
+        "training.batch-size=5",
+        "run.training.local-epochs=4",
+        "federation.num-sites=4",
+        "federation.partition=dirichlet",
+        "federation.dirichlet-alpha=0.1",
+        "data.patients-per-site=9",
+    )
+    assert changed.run.seed == 7
+    assert changed.run.training.batch_size == 5
+    assert changed.run.training.local_epochs == 4
+    assert changed.federation.num_sites == 4
+    assert changed.federation.partition == "dirichlet"
+    assert changed.federation.dirichlet_alpha == 0.1
+    assert changed.data.patients_per_site == 9
+
+
+def test_everything_else_stays_as_the_scenario_says():
+    plain, changed = read(), read("quick", "seed=7")
+    assert changed.data == plain.data
+    assert changed.federation == plain.federation
+    assert changed.run.model_copy(update={"seed": plain.run.seed}) == plain.run
+
+
+def test_baselines_can_be_asked_for_on_the_command_line():
+    assert read("quick", "federation.baselines=pooled").federation.baselines == ("pooled",)
+
+
+def test_a_file_of_ones_own_is_a_scenario(write):
+    name = write('[federation]\nnum-sites = 2\nbaselines = ["pooled"]\n[run]\nseed = 3\n')
+    scenario = read(name)
+    assert scenario.federation.baselines == ("pooled",)
+    assert scenario.run.seed == 3
+    assert scenario.data == DataSource.model_validate({})
+    assert scenario.run.model == RunConfig().model
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(("name", "hint"), [("quik", "did you mean quick?"), ("zzzz", "valid: ")])
+def test_an_unknown_scenario_gets_the_nearest_name(name, hint):
+    with pytest.raises(ConfigError, match=f"scenario='{name}' is not known") as error:
+        read(name)
+    assert error.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message", "hint"),
+    [
+        ("modle.size=nano", "unknown key modle.size='nano'", "did you mean model.size?"),
+        ("sede=1", "unknown key sede=1", "did you mean seed?"),
+        ("federation.num-site=2", "unknown key federation.num-site=2", "federation.num-sites?"),
+        ("data.patients=2", "unknown key data.patients=2", "data.patients-per-site?"),
+        ("description=x", "unknown key description='x'", "valid: "),
+        ("model=nano", "unknown key model='nano'", "model."),
+        ("model.size.name=x", "unknown key model.size.name='x'", "model.size"),
+        ("federation.num-sites.x=2", "unknown key federation.num-sites.x=2", "federation.num-s"),
+        ("data.dataset.x=2", "unknown key data.dataset.x=2", "data.dataset"),
+    ],
+)
+def test_an_unknown_key_gets_the_nearest_name(assignment, message, hint):
+    with pytest.raises(ConfigError) as error:
+        read("quick", assignment)
+    assert message in str(error.value)
+    assert hint in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[federaton]\nnum-sites = 2\n", "unknown key federaton.num-sites=2"),
+        ("[run.modle]\nsize = 'nano'\n", "unknown key modle.size='nano'"),
+        ("federation = 3\n", "unknown key federation=3"),
+        ("run = 3\n", "run=3: "),
+        ("[federation\n", "is not TOML: "),
+    ],
+)
+def test_a_file_with_a_mistake_is_refused_in_one_line(write, text, message):
+    with pytest.raises(ConfigError) as error:
+        read(write(text))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.toml' is not known"):
+        read(str(tmp_path / "absent.toml"))
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
+        read(str(tmp_path / "folder.toml"))
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not TOML: "):
+        read(str(tmp_path / "binary.toml"))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("federation.num-sites=0", "federation.num-sites=0: Input should be greater than 0"),
+        ("federation.num-sites=many", "federation.num-sites='many': Input should be a valid int"),
+        ("federation.dirichlet-alpha=nan", "federation.dirichlet-alpha=nan: "),
+        ("federation.dirichlet-alpha=0", "federation.dirichlet-alpha=0: Input should be greater"),
+        ("federation.partition=random", "federation.partition='random': Input should be "),
+        ("federation.baselines=local", "federation.baselines"),
+        ("training.batch-size=0", "training.batch-size=0: Input should be greater than 0"),
+        ("model.image-size=16", "image-size=16 with patch-size=4 leaves no pixel after 4 stages"),
+    ],
+)
+def test_a_value_out_of_bounds_is_named(assignment, message):
+    with pytest.raises(ConfigError) as error:
+        read("quick", assignment)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_quorum_of_more_sites_than_there_are_is_refused():
+    with pytest.raises(ConfigError, match=r"min-sites=4 is more than federation\.num-sites=3"):
+        read("quick", "strategy.min-sites=4")
+
+
+def test_a_data_set_that_does_not_exist_is_refused():
+    with pytest.raises(DataError, match="dataset='fantom'"):
+        read("quick", "data.dataset=fantom")
+
+
+def test_an_assignment_without_a_value_is_refused():
+    with pytest.raises(ConfigError, match=r"--set seed: expected key=value"):
+        command(["--set", "seed"])
+
+
+# --- config.json
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        {},
+        {"federation": {"num-sites": 5, "baselines": ["pooled"]}, "run": {"seed": 9}},
+        {"data": {"dataset": "npz", "file": "own.npz", "classes": ["x", "y"]}},
+        {"data": {"dataset": "breastmnist", "data-dir": "DATA", "image-size": 64}},
+    ],
+)
+def test_what_config_json_keeps_gives_the_scenario_back(scenario):
+    first = parse_scenario(scenario)
+    kept = json.dumps(
+        {
+            "scenario": first.model_dump(mode="json", by_alias=True, exclude={"run"}),
+            "run_config": first.run.model_dump(by_alias=True),
+        }
+    )
+    stored = json.loads(kept)
+    assert parse_scenario({**stored["scenario"], "run": stored["run_config"]}) == first

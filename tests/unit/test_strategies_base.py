@@ -31,7 +31,7 @@ KEYS = {site: key.public_key() for site, key in PRIVATE.items()}
 NODES = {11: "A", 12: "B", 13: "C"}
 CAP = 1000
 
-Answer = Callable[[str, Message], RecordDict | Message | None]
+Answer = Callable[[str, Message], RecordDict | Message]
 
 
 @pytest.fixture(autouse=True)
@@ -88,15 +88,18 @@ def signed(site: str, message: Message, **changes) -> RecordDict:
     return good(site, message, **changes).to_content(PRIVATE[site])
 
 
+def silent(site: str, message: Message) -> RecordDict:
+    """A site whose reply is lost."""
+    return signed(site, message)
+
+
 class Sites(LocalGrid):
     """Nodes that answer as the test says.
 
     Args:
-        answers: Site to what it answers: content, a whole message, or None for silence; the others
-            work.
+        answers: Site to what it answers, content or a whole message; the others work.
         nodes: Node id to site.
-        delays: Site to seconds before its reply can be pulled.
-        first: Site whose reply is handed over before the others.
+        delays: Site to seconds before its reply arrives.
     """
 
     def __init__(
@@ -104,43 +107,26 @@ class Sites(LocalGrid):
         answers: dict[str, Answer] | None = None,
         nodes: dict[int, str] = NODES,
         delays: dict[str, float] | None = None,
-        first: str | None = None,
     ) -> None:
-        super().__init__(self._answer, nodes, RunConfig().flatten(), fault=self._silence)
+        super().__init__(self._answer, nodes, RunConfig().flatten(), fault=self._link)
         self._answers, self._delays = answers or {}, delays or {}
-        self._order = sorted(nodes.values(), key=lambda site: (site != first, site))
-        self._site_of: dict[str, str] = {}
-        self._started = time.monotonic()
+        self._due: dict[str, float] = {}
         self.instructions: list[Message] = []
 
-    def _silence(self, site: str, message: Message):
+    def _link(self, site: str, message: Message):
         self.instructions.append(message)
-        self._site_of[message.metadata.message_id] = site
-        self._started = time.monotonic()
-        return "deliver"
+        self._due[message.metadata.message_id] = time.monotonic() + self._delays.get(site, 0)
+        return "lose" if self._answers.get(site) is silent else "deliver"
 
     def _answer(self, message: Message, context) -> Message:
         site = context.node_config["site"]
         answer = self._answers.get(site, signed)(site, message)
-        if answer is None:
-            return Message(Error(-1, "silent"), reply_to=message)
         return answer if isinstance(answer, Message) else Message(answer, reply_to=message)
 
     def pull_messages(self, message_ids):
-        waited = time.monotonic() - self._started
-        ready = [
-            key for key in message_ids if waited >= self._delays.get(self._site_of.get(key, ""), 0)
-        ]
-        arrived = [m for m in super().pull_messages(ready) if not _is_silence(m)]
-        # One at a time, so that the order of arrival is the test's and not the grid's.
-        arrived.sort(
-            key=lambda m: self._order.index(self._site_of[m.metadata.reply_to_message_id])
+        return super().pull_messages(
+            key for key in message_ids if time.monotonic() >= self._due[key]
         )
-        return arrived
-
-
-def _is_silence(message: Message) -> bool:
-    return message.has_error() and message.error.reason == "silent"
 
 
 def strategy(kind=FedAvg, *, sites=SITES, **settings) -> FedAvg:
@@ -204,10 +190,10 @@ def test_the_sites_get_exactly_the_instruction():
         assert message.metadata.ttl == 12.0
 
 
-@pytest.mark.parametrize("first", SITES)
+@pytest.mark.parametrize("arrival", ["ABC", "CBA", "BCA"])
 @pytest.mark.parametrize("nodes", [NODES, {3: "C", 5: "A", 9: "B"}])
-def test_who_answers_first_does_not_change_a_bit(first, nodes):
-    grid = Sites(nodes=nodes, first=first, delays={s: 0.03 for s in SITES if s != first})
+def test_who_answers_first_does_not_change_a_bit(arrival, nodes):
+    grid = Sites(nodes=nodes, delays={site: 0.02 * place for place, site in enumerate(arrival)})
     found, outcomes = strategy().train(grid, list(nodes), 1, weights())
     assert_same_bits(found, mean_by_hand(SITES))
     assert [o.site for o in outcomes] == list(SITES)
@@ -236,12 +222,12 @@ def poke(value: float) -> Answer:
     return changed_update(change)
 
 
-def changed_metrics(**changes) -> Answer:
-    def answer(site, message):
-        metrics = {**good(site, message).metrics, **changes.pop("replace", {})}
-        return signed(site, message, metrics=metrics | changes)
-
-    return answer
+def with_metrics(**changes) -> Answer:
+    """A signed reply with other metrics."""
+    named = {name.replace("_", "-"): value for name, value in changes.items()}
+    return lambda site, message: signed(
+        site, message, metrics={**good(site, message).metrics, **named}
+    )
 
 
 def with_record(name: str, record) -> Answer:
@@ -265,20 +251,14 @@ def with_envelope(**changes) -> Answer:
     return answer
 
 
-def many_examples_evaluated(site, message):
+def evaluated(num_examples: int) -> Answer:
+    """A reply that claims validation examples, all of class 0 and predicted so."""
     claimed = EvaluationSums.zeros(3)
-    for part in (claimed.confusion, claimed.scores[0, 1], claimed.scores[1:, 0]):
-        part[..., 0] = CAP + 1
-    claimed.confusion[1:] = 0
-    claimed.calibration[0, 0] = claimed.calibration[2, 0] = CAP + 1
-    claimed = replace(claimed, num_examples=CAP + 1)
-    metrics = {**good(site, message).metrics, **claimed.to_metrics("val")}
-    return signed(site, message, metrics=metrics)
-
-
-def scrambled(site, message):
-    metrics = {**good(site, message).metrics, "val-num-examples": 6}
-    return signed(site, message, metrics=metrics)
+    claimed.confusion[0, 0] = num_examples
+    claimed.scores[0, 1, 0] = claimed.scores[1, 0, 0] = claimed.scores[2, 0, 0] = num_examples
+    claimed.calibration[0, 0] = claimed.calibration[2, 0] = num_examples
+    metrics = replace(claimed, num_examples=num_examples).to_metrics("val")
+    return with_metrics(**metrics)
 
 
 BAD: dict[str, tuple[Answer, str]] = {
@@ -350,11 +330,14 @@ BAD: dict[str, tuple[Answer, str]] = {
         "task='val': expected 'train'",
     ),
     "metric": (
-        changed_metrics(patient=1),
-        "metrics patient are missing or not declared",
+        with_metrics(patient_age=61),
+        "metrics patient-age are missing or not declared",
     ),
-    "totals": (scrambled, "val-confusion counts 5 examples; expected val-num-examples=6"),
-    "val-examples": (many_examples_evaluated, f"val-num-examples={CAP + 1}"),
+    "totals": (
+        with_metrics(val_num_examples=6),
+        "val-confusion counts 5 examples; expected val-num-examples=6",
+    ),
+    "val-examples": (evaluated(CAP + 1), f"val-num-examples={CAP + 1}"),
     "empty": (lambda s, m: RecordDict(), "record 'envelope' is missing"),
     "no-metrics": (with_record(METRICS, None), "record 'metrics' is missing"),
     "no-arrays-record": (with_record(ARRAYS, None), "record 'arrays' is missing"),
@@ -444,6 +427,11 @@ def test_a_site_counts_once_a_round():
     assert second.reply is None
 
 
+def test_as_many_validation_examples_as_allowed_are_no_reason_to_drop_a_reply():
+    _, outcomes = strategy().train(Sites({"B": evaluated(CAP)}), list(NODES), 1, weights())
+    assert [o.status for o in outcomes] == ["ok", "ok", "ok"]
+
+
 @pytest.mark.parametrize("new", [10, 14])
 @pytest.mark.parametrize("silence", ["nothing", "error"])
 def test_a_site_that_came_back_as_another_node_counts(new, silence):
@@ -452,10 +440,11 @@ def test_a_site_that_came_back_as_another_node_counts(new, silence):
     # A was restarted: its old node 11 is still listed and will never answer again.
     nodes = {11: "gone", 12: "B", 13: "C", new: "A"}
 
-    def gone(site, message):
-        return None if silence == "nothing" else Message(Error(3, "lost"), reply_to=message)
+    def unavailable(site, message):
+        return Message(Error(3, "Node Unavailable"), reply_to=message)
 
-    found, outcomes = rounds.train(Sites({"gone": gone}, nodes), sorted(nodes), 2, weights())
+    grid = Sites({"gone": unavailable if silence == "error" else silent}, nodes)
+    found, outcomes = rounds.train(grid, sorted(nodes), 2, weights())
     assert [o.site for o in outcomes if o.status == "ok"] == list(SITES)
     assert_same_bits(found, mean_by_hand(SITES))
 
@@ -495,8 +484,7 @@ def test_a_refusal_is_told_apart_from_a_failure():
 
 @pytest.mark.parametrize("late", [0.5, None], ids=["late", "never"])
 def test_the_deadline_ends_a_round_without_the_late(late):
-    answers = {"B": lambda site, message: None} if late is None else {}
-    grid = Sites(answers, delays={"B": late or 0.0})
+    grid = Sites({"B": silent}) if late is None else Sites(delays={"B": late})
     rounds = strategy(round_timeout_seconds=0.15)
     began = time.monotonic()
     found, outcomes = rounds.train(grid, list(NODES), 1, weights())

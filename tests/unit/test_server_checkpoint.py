@@ -145,7 +145,7 @@ def test_an_intact_checkpoint_is_used_without_a_warning(three, caplog):
 def test_when_all_are_damaged_the_run_is_not_started_over_in_silence(three):
     for path in three.iterdir():
         path.write_bytes(flip(path.read_bytes()))
-    with pytest.raises(CheckpointError, match="^no checkpoint is usable$") as caught:
+    with pytest.raises(CheckpointError, match=r"^no checkpoint is usable$") as caught:
         load_checkpoint(three, UUID)
     assert caught.value.hint == "start the run again with another --output"
     assert caught.value.exit_code == 2

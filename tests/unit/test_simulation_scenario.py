@@ -49,7 +49,6 @@ def test_a_shipped_scenario_begins_with_the_command_that_runs_it(name):
     commands = [line for line in header if line.startswith("python simulation/run.py")]
     assert len(commands) >= 1
     assert name == "quick" or f"--scenario {name}" in commands[0]
-    assert any(line.startswith("Expected") for line in header)
 
 
 # --- changes
@@ -112,7 +111,6 @@ def test_an_unknown_scenario_gets_the_nearest_name(name, hint):
         ("sede=1", "unknown key sede=1", "did you mean seed?"),
         ("federation.num-site=2", "unknown key federation.num-site=2", "federation.num-sites?"),
         ("data.patients=2", "unknown key data.patients=2", "data.patients-per-site?"),
-        ("description=x", "unknown key description='x'", "valid: "),
         ("model=nano", "unknown key model='nano'", "model."),
         ("model.size.name=x", "unknown key model.size.name='x'", "model.size"),
         ("federation.num-sites.x=2", "unknown key federation.num-sites.x=2", "federation.num-s"),

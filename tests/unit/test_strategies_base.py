@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 import strategies.base
 from medmamba import MedMamba
@@ -496,9 +496,7 @@ def test_the_deadline_ends_a_round_without_the_late(late):
 
 def test_a_round_ends_when_all_have_answered():
     began = time.monotonic()
-    strategy(round_timeout_seconds=30.0).train(
-        Sites(delays={"A": 0.05}), list(NODES), 1, weights()
-    )
+    strategy(round_timeout_seconds=30.0).train(Sites(delays={"A": 0.05}), list(NODES), 1, weights())
     assert time.monotonic() - began < 5
 
 

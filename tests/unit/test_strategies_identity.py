@@ -54,7 +54,7 @@ def key() -> Ed25519PrivateKey:
 
 
 def test_the_canonical_form_is_fixed():
-    document = {"b": [1, 2.5, True, None], "a": {"z": "\u00e4\"", "y": -0.0}}
+    document = {"b": [1, 2.5, True, None], "a": {"z": '\u00e4"', "y": -0.0}}
     assert canonical(document) == (
         b'{"a":{"y":-0.0,"z":"\\u00e4\\""},"b":[1,2.5,true,null]}'
     )  # fmt: skip
@@ -193,7 +193,7 @@ def test_a_folder_without_keys_is_refused(tmp_path, make):
 def test_two_sites_with_one_key_are_refused(tmp_path, key):
     for site in ("A", "B"):
         write_public_key(tmp_path / f"{site}.pub", key.public_key())
-    with pytest.raises(ConfigError, match="^public keys of sites A and B are the same key$"):
+    with pytest.raises(ConfigError, match=r"^public keys of sites A and B are the same key$"):
         read_public_keys(tmp_path)
 
 

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from strategies import cli
 from strategies.errors import ConfigError
@@ -50,12 +50,22 @@ def parser() -> cli.Parser:
         help="connect without TLS; refused unless the coordinator is on this machine (loopback)",
     )
     commands = main.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser(
-        "init", parents=[common], help="make the site's file, signing key and public key"
-    )
-    audit = commands.add_parser("audit", parents=[common], help="look at the site's audit log")
+    _add(commands, "init", [common], "make the site's file, signing key and public key", "--site A")
+    audit = _add(commands, "audit", [common], "look at the site's audit log", "--site A --verify")
     audit.add_argument("--verify", action="store_true", help="check the hash chain")
     return main
+
+
+def _add(
+    commands: Any, name: str, parents: list[cli.Parser], text: str, example: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        parents=parents,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"example: python -m client {name} {example}",
+    )
 
 
 def command(arguments: Sequence[str]) -> int:

@@ -35,7 +35,7 @@ def initialise(site: str, path: Path) -> str:
     Raises:
         ConfigError: The name is not usable, or the existing file belongs to another site.
     """
-    if not re.match(NAME_PATTERN, site):
+    if not re.fullmatch(NAME_PATTERN, site):
         raise ConfigError(
             f"--site {site!r}: expected letters, digits and hyphens, at most 32 of them"
         )

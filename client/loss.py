@@ -62,5 +62,7 @@ def reweighted_loss(
     """
     losses = functional.cross_entropy(logits, labels, reduction="none")  # (b,)
     if focal_gamma > 0:
-        losses = (1 - torch.exp(-losses)).pow(focal_gamma) * losses
+        # 1 - p_y without cancellation; the floor keeps the power's gradient finite at p_y = 1.
+        missing = -torch.expm1(-losses)
+        losses = missing.clamp_min(torch.finfo(losses.dtype).tiny).pow(focal_gamma) * losses
     return (weights[labels] * losses).sum() / expected_batch_size

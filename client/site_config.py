@@ -107,12 +107,14 @@ def read_site_config(path: Path) -> SiteConfig:
     folder = path.resolve().parent
     data = config.data.model_copy(
         update={
-            name: folder / value
+            name: folder / value.expanduser()
             for name in ("data_dir", "file")
             if isinstance(value := getattr(config.data, name), Path)
         }
     )
-    return config.model_copy(update={"state_dir": folder / config.state_dir, "data": data})
+    return config.model_copy(
+        update={"state_dir": folder / config.state_dir.expanduser(), "data": data}
+    )
 
 
 def site_file(site: str, config: Path | None) -> Path:
@@ -146,5 +148,5 @@ def _reject_unknown(values: dict[str, Any], path: Path) -> None:
             if key not in known:
                 dotted = f"{table}.{key}" if table else key
                 raise ConfigError(
-                    f"{path.name}: unknown key {dotted}={given[key]!r}", hint=nearest(key, known)
+                    f"{path.name}: unknown key {dotted}={given[key]}", hint=nearest(key, known)
                 )

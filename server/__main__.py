@@ -53,12 +53,22 @@ def parser() -> cli.Parser:
     )
     commands = main.add_subparsers(dest="command", metavar="COMMAND", required=True)
     superlink = commands.add_parser(
-        "superlink", parents=[common], help="start flower-superlink as this project needs it"
+        "superlink",
+        parents=[common],
+        help="start flower-superlink as this project needs it",
+        description="Start flower-superlink: it passes messages and executes nothing.",
+        epilog="example: python -m server superlink --insecure",
     )
     superlink.add_argument(
         "--print", action="store_true", help="print the command line instead of running it"
     )
-    run = commands.add_parser("run", parents=[common], help="train with the connected sites")
+    run = commands.add_parser(
+        "run",
+        parents=[common],
+        help="train with the connected sites",
+        description="Host a run in the foreground and write its directory.",
+        epilog="example: python -m server run --insecure --site-keys keys --output runs/first",
+    )
     run.add_argument(
         "--site-keys", type=Path, metavar="DIR", help="folder with the admitted sites' NAME.pub"
     )

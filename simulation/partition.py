@@ -51,7 +51,15 @@ def partition(
     """
     manifest = dataset.manifest
     if federation.partition == "natural":
-        return _natural(dataset, federation)
+        parts = _natural(dataset, federation)
+        smallest = min(len(part.manifest.rows(split="train")) for part in parts.values())
+        if smallest < federation.min_examples:
+            raise ConfigError(
+                f"federation.min-examples={federation.min_examples}: a site of the dataset has "
+                f"{smallest} training examples",
+                hint="lower federation.min-examples",
+            )
+        return parts
     patients, labels, splits = _patients(manifest)
     if federation.num_sites > len(patients):
         raise ConfigError(

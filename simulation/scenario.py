@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -50,13 +50,6 @@ class Scenario(Section):
     federation: FederationSection = FederationSection()
     run: RunConfig = RunConfig()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _run_has_its_own_errors(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and isinstance(values.get("run"), Mapping):
-            return {**values, "run": RunConfig.parse(values["run"])}
-        return values
-
     @model_validator(mode="after")
     def _quorum_fits(self) -> Scenario:
         if self.run.strategy.min_sites > self.federation.num_sites:
@@ -95,25 +88,30 @@ def read_scenario(name: str, changes: Mapping[str, Scalar]) -> Scenario:
     for key, value in changes.items():
         own = key.startswith(("federation.", "data."))
         values[key if own else f"run.{key.removeprefix('run.')}"] = value
-    return parse_scenario(unflatten(values))
+    return parse_scenario(values)
 
 
 def parse_scenario(values: Mapping[str, Any]) -> Scenario:
-    """Validate a scenario's values.
+    """Validate a scenario's values, nested or dotted; a comma separates the items of a text list.
 
     Raises:
         ConfigError: An unknown key (with the nearest valid one) or a value out of bounds.
     """
-    known = {"description", "run"} | {
-        f"{table}.{field.alias}"
-        for table, section in (("federation", FederationSection), ("data", DataSource))
+    tables = {"federation": FederationSection, "data": DataSource}
+    known = {
+        f"{table}.{field.alias}": field.annotation
+        for table, section in tables.items()
         for field in section.model_fields.values()
     }
-    own = {key: value for key, value in values.items() if key != "run"}
-    for key, value in flatten(own).items():
-        if key not in known:
-            raise ConfigError(f"unknown key {key}={value!r}", hint=nearest(key, known))
+    flat = flatten(values)
+    run = {key.removeprefix("run."): flat.pop(key) for key in list(flat) if key.startswith("run.")}
+    for key, value in flat.items():
+        if key not in known and key != "description":
+            raise ConfigError(f"unknown key {key}={value}", hint=nearest(key, known))
+        if get_origin(known.get(key)) is tuple and isinstance(value, str):
+            flat[key] = tuple(part.strip() for part in value.split(","))  # pyright: ignore[reportArgumentType]
+    config = RunConfig.parse(run)
     try:
-        return Scenario.model_validate(dict(values))
+        return Scenario.model_validate({**unflatten(flat), "run": config})
     except ValidationError as error:
         raise ConfigError(explain(error)) from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,7 +51,7 @@ class AuditLog:
                 "previous": previous,
             }
             entry["hash"] = hashlib.sha256(canonical(entry)).hexdigest()
-            append_line(self.path, canonical(entry).decode())
+            append_line(self.path, _line(entry).decode().rstrip())
             return str(entry["hash"])
 
     def verify(self) -> int:
@@ -88,9 +88,9 @@ class AuditLog:
         entry = _parse(last, number, self.path.name)
         return int(str(entry["index"])) + 1, str(entry["hash"])
 
-    def _lines(self) -> Iterator[str]:
+    def _lines(self) -> Iterator[bytes]:
         if self.path.exists():
-            with self.path.open(encoding="utf-8") as file:
+            with self.path.open("rb") as file:
                 yield from file
 
     @contextmanager
@@ -100,16 +100,22 @@ class AuditLog:
             yield
 
 
-def _parse(line: str, number: int, name: str) -> dict[str, object]:
-    """Return the entry of a line whose hash agrees with its content."""
+def _line(entry: Mapping[str, object]) -> bytes:
+    """Return the one way an entry is written."""
+    return canonical(entry) + b"\n"
+
+
+def _parse(line: bytes, number: int, name: str) -> dict[str, object]:
+    """Return the entry of a line that is written as :func:`_line` does and whose hash agrees."""
     try:
         entry = json.loads(line)
         claimed = entry.pop("hash")
         digest = hashlib.sha256(canonical(entry)).hexdigest()
+        intact = claimed == digest and line == _line({**entry, "hash": digest})
         complete = {"index", "previous", "event", "fields", "time"} <= entry.keys()
     except (ValueError, KeyError, AttributeError, TypeError):
-        claimed, digest, complete, entry = "", None, False, {}
-    if claimed != digest or not complete:
+        intact, complete, entry, claimed = False, False, {}, ""
+    if not (intact and complete):
         raise FederationError(
             f"audit log {name} line {number}: content and hash do not agree",
             hint="restore the log from a backup and find out who changed it",

@@ -12,7 +12,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -163,21 +163,26 @@ class Strategy(ABC):
         kind = "train" if instruction.task == "train" else "evaluate"
         group = str(instruction.server_round)
         messages = [Message(content, node, kind, ttl=timeout, group_id=group) for node in nodes]
-        sent = dict(zip(grid.push_messages(messages), nodes, strict=True))
+        message_ids = list(grid.push_messages(messages))
+        if len(message_ids) != len(messages) or not all(message_ids):
+            raise FederationError(
+                f"round={instruction.server_round} task={instruction.task}: flower-superlink did "
+                "not take the instructions",
+                hint="its log says why; weights too large for it are the usual reason",
+            )
+        sent = dict(zip(message_ids, nodes, strict=True))
         answers = self._collect(grid, set(sent), time.monotonic() + timeout)
         outcomes: dict[str, Outcome] = {}
         for message_id, node in sent.items():
             outcome = self._judge(node, message_id, answers.get(message_id), instruction)
-            if outcome.site in outcomes:
-                outcome = replace(
-                    outcome,
-                    site=f"node {node}",
-                    status="dropped",
-                    reason=f"a second reply for site {outcome.site} in this round",
-                    reply=None,
-                    sums=None,
-                )
-            outcomes[outcome.site] = outcome
+            earlier = outcomes.get(outcome.site)
+            if earlier is not None and earlier.status == outcome.status == "ok":
+                site = f"node {node}"
+                reason = f"a second reply for site {outcome.site} in this round"
+                outcomes[site] = Outcome(site, "dropped", reason)
+            elif earlier is None or earlier.status != "ok":
+                # A restarted site is a new node, and its old one may still be listed.
+                outcomes[outcome.site] = outcome
         for site in self.site_keys:
             outcomes.setdefault(site, Outcome(site, "missing", "not connected"))
         ordered = [outcomes[site] for site in sorted(outcomes)]
@@ -224,9 +229,10 @@ class Strategy(ABC):
             return Outcome(site, "missing", f"Flower error {error.code}: {error.reason}")
         try:
             reply = Reply.from_content(message.content, self.site_keys)
-            self._site_of_node[node] = site = reply.site
+            # Only a fresh signature tells who the node is: an old one can be replayed by anybody.
             if reply.message_id != message_id:
                 raise ProtocolError("the signature covers another instruction")
+            self._site_of_node[node] = site = reply.site
             _check_answers(reply, instruction)
             if reply.status == "refused":
                 return Outcome(site, "refused", reply.reason)
@@ -247,6 +253,8 @@ class Strategy(ABC):
             raise ProtocolError(f"num-examples={reply.num_examples}: expected {smallest} to {cap}")
         prefix = "val" if reply.task == "train" else reply.task
         sums = EvaluationSums.from_metrics(prefix, reply.metrics, self.config.model.num_classes)
+        if sums.num_examples > cap:
+            raise ProtocolError(f"{prefix}-num-examples={sums.num_examples}: expected 0 to {cap}")
         if reply.task == "train":
             _check_update(reply.update, instruction.weights)
         elif sums.num_examples != reply.num_examples:

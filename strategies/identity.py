@@ -128,7 +128,7 @@ def read_public_keys(folder: Path) -> dict[str, Ed25519PublicKey]:
     for path in sorted(folder.glob(f"*{PUBLIC_KEY_SUFFIX}")):
         try:
             key = load_pem_public_key(path.read_bytes())
-        except (ValueError, UnsupportedAlgorithm) as error:
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
             raise ConfigError(f"public key {path.name} is not a readable PEM key") from error
         if not isinstance(key, Ed25519PublicKey):
             raise ConfigError(f"public key {path.name} is {type(key).__name__}; expected Ed25519")

@@ -10,6 +10,8 @@ hash of the arrays, metrics); Flower itself lets one site answer in the name of 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -198,11 +200,8 @@ class Reply:
             update=unpack(content),
             metrics=_metrics(content, declared_metrics(task, status)),
         )
-        try:
-            assert isinstance(signature, bytes)  # _envelope checked its type
-            verify(keys[site], reply.signed_document(), signature)
-        except ValueError as error:
-            raise ProtocolError("metrics hold a value that is not finite") from error
+        assert isinstance(signature, bytes)  # _envelope checked its type
+        verify(keys[site], reply.signed_document(), signature)
         return reply
 
 
@@ -249,9 +248,10 @@ def hash_arrays(arrays: Arrays) -> str:
     """Return the SHA-256 over names, shapes and little-endian bytes, in name order."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        value = np.ascontiguousarray(arrays[name], dtype="<f4")
-        digest.update(f"{name}|{value.shape}|".encode())
-        digest.update(value.data)
+        value = arrays[name].astype("<f4", order="C", copy=False)
+        # JSON quotes the name, so that no name can look like the end of one array and the next.
+        digest.update(json.dumps([name, value.shape]).encode())
+        digest.update(value.tobytes())
     return digest.hexdigest()
 
 
@@ -261,6 +261,9 @@ def _envelope(
     record = content.config_records.get(ENVELOPE)
     if record is None:
         raise ProtocolError(f"record {ENVELOPE!r} is missing")
+    for name in content:
+        if name not in (ARRAYS, METRICS, ENVELOPE):
+            raise ProtocolError(f"record {name!r} is not declared")
     values = dict(record)
     version = values.pop("schema-version", None)
     if version != SCHEMA_VERSION:
@@ -284,7 +287,10 @@ def _metrics(content: RecordDict, declared: tuple[str, ...]) -> dict[str, Metric
     if set(record) != set(declared):
         odd = sorted(set(record) ^ set(declared))
         raise ProtocolError(f"metrics {', '.join(odd)} are missing or not declared")
-    for name in TRAIN_METRICS:
-        if isinstance(record.get(name), list):
+    for name, value in record.items():
+        numbers = value if isinstance(value, list) else [value]
+        if name in TRAIN_METRICS and isinstance(value, list):
             raise ProtocolError(f"metric {name!r} is a list; expected one number")
+        if not all(math.isfinite(number) for number in numbers):
+            raise ProtocolError(f"metric {name!r} is not finite")
     return dict(record)

@@ -235,6 +235,12 @@ class RunConfig(Section):
     privacy: PrivacySection = PrivacySection()
     encryption: EncryptionSection = EncryptionSection()
 
+    @model_validator(mode="after")
+    def _batch_norm_needs_two_examples(self) -> Self:
+        if self.model.norm == "batch" and self.training.batch_size == 1:
+            raise ValueError("training.batch-size=1 with model.norm=batch: expected at least 2")
+        return self
+
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> RunConfig:
         """Validate nested or dotted kebab-case values (a TOML table, or Flower's run_config).
@@ -246,9 +252,10 @@ class RunConfig(Section):
         known = RunConfig().flatten()
         for key in flat:
             if key not in known:
-                raise ConfigError(f"unknown key {key}={flat[key]!r}", hint=nearest(key, known))
+                raise ConfigError(f"unknown key {key}={flat[key]}", hint=nearest(key, known))
+        natural = {key: _natural(key, value, known[key]) for key, value in flat.items()}
         try:
-            return cls.model_validate(unflatten(flat))
+            return cls.model_validate(unflatten(natural))
         except ValidationError as error:
             raise ConfigError(explain(error)) from None
 
@@ -296,17 +303,17 @@ def explain(error: ValidationError, prefix: str = "") -> str:
     if problem["type"] == "missing":
         return f"{key} is missing"
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}={problem['input']!r}"
+        return f"unknown key {key}={problem['input']}"
     if isinstance(problem["input"], BaseModel | Mapping):
         return f"{key}: {message}" if key else message
-    return f"{key}={problem['input']!r}: {message}"
+    return f"{key}={problem['input']}: {message}"
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Scalar]:
-    """Turn ``key=value`` words of a command line into values of their natural type.
+    """Split the ``key=value`` words of a command line; the schema gives the text its type.
 
-    >>> parse_assignments(["seed=3", "training.augment=false", "model.size=nano"])
-    {'seed': 3, 'training.augment': False, 'model.size': 'nano'}
+    >>> parse_assignments(["seed=3", "model.size=nano"])
+    {'seed': '3', 'model.size': 'nano'}
 
     Raises:
         ConfigError: A word without ``=``.
@@ -314,10 +321,19 @@ def parse_assignments(assignments: list[str]) -> dict[str, Scalar]:
     values: dict[str, Scalar] = {}
     for word in assignments:
         key, separator, text = word.partition("=")
-        if not separator or not key:
+        if not separator or not key.strip():
             raise ConfigError(f"--set {word}: expected key=value", hint="--set model.size=nano")
-        values[key.strip()] = _scalar(text.strip())
+        values[key.strip()] = text.strip()
     return values
+
+
+def _natural(key: str, value: Scalar, default: Scalar) -> Scalar:
+    """Turn a command line's text into the type of its setting; refuse true for a number."""
+    if isinstance(value, bool) and not isinstance(default, bool):
+        raise ConfigError(f"{key}={value}: expected {type(default).__name__}")
+    if not isinstance(value, str) or isinstance(default, str):
+        return value
+    return _scalar(value)
 
 
 def _scalar(text: str) -> Scalar:

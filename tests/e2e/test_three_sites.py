@@ -71,6 +71,10 @@ class Federation:
         self.processes.append(process)
         return process
 
+    def start_superlink(self) -> None:
+        self.start("superlink", "server", "superlink", "--insecure", "--port", str(self.port))
+        self.wait_for("superlink", "Uvicorn running")
+
     def wait_for(self, name: str, text: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while text not in (self.folder / f"{name}.log").read_text(errors="replace"):
@@ -125,8 +129,7 @@ def test_three_hospitals_train_two_rounds_over_real_sockets(federation: Federati
         )
         shutil.copy(folder / "sites" / "state" / site / f"{site}.pub", folder / "keys")
 
-    federation.start("superlink", "server", "superlink", "--insecure", "--port", str(federation.port))
-    federation.wait_for("superlink", "Uvicorn running")
+    federation.start_superlink()
     clients = {
         site: federation.start(site, "client", "--site", site, "--insecure") for site in SITES
     }
@@ -187,8 +190,7 @@ def test_a_site_whose_key_is_not_admitted_contributes_nothing(federation: Federa
     shutil.copy(folder / "sites" / "state" / "A" / "A.pub", folder / "keys")
     write_public_key(folder / "keys" / "B.pub", Ed25519PrivateKey.generate().public_key())
 
-    federation.start("superlink", "server", "superlink", "--insecure", "--port", str(federation.port))
-    federation.wait_for("superlink", "Uvicorn running")
+    federation.start_superlink()
     for site in ("A", "B"):
         federation.start(site, "client", "--site", site, "--insecure")
     settings = [word for setting in RUN_SETTINGS for word in ("--set", setting)]

@@ -1,8 +1,7 @@
 """The ClientApp on the in-process Grid: work is signed, a failure leaves only its class name."""
 
-import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import pytest
@@ -128,11 +127,11 @@ def instruction(weights: Arrays, task="train", server_round: int = 1, **values) 
 def everything_sent(message: Message) -> str:
     """All that leaves the site, as text."""
     if message.has_error():
-        return message.error.reason
+        return str(message.error.reason)
     return repr({name: record for name, record in message.content.items()})
 
 
-def fail_with_a_path(*_: object) -> None:
+def fail_with_a_path(*_: object) -> NoReturn:
     raise RuntimeError(f"cannot read {SECRET}")
 
 
@@ -202,7 +201,9 @@ def test_a_refused_run_is_not_trained(tmp_path, weights, monkeypatch):
 
 
 def test_a_run_with_other_classes_is_refused(bench, weights):
-    reply = bench.ask(instruction(weights), run_config=dict(RUN.flatten(), **{"model.num-classes": 2}))
+    reply = bench.ask(
+        instruction(weights), run_config=dict(RUN.flatten(), **{"model.num-classes": 2})
+    )
     assert reply.reason == "other-classes: model.num-classes=2; this site's data has 3"
 
 
@@ -277,10 +278,10 @@ def test_no_answer_leaves_when_it_cannot_be_audited(bench, weights, monkeypatch)
 
 def test_an_instruction_that_is_not_ours_is_answered_by_an_error_alone(bench, weights):
     content = instruction(weights).to_content()
-    content[ENVELOPE]["schema-version"] = 99
+    content.config_records[ENVELOPE]["schema-version"] = 99
     message = bench.send(content, kind="train")
     assert message.error.reason == "site=A cannot answer: ProtocolError"
-    assert not os.path.exists(bench.site.config.state_dir / "audit.jsonl")
+    assert not (bench.site.config.state_dir / "audit.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["B", ""])

@@ -80,9 +80,10 @@ def test_shrinking_keeps_an_even_image_even_up_to_its_border():
 
 
 def test_shrinking_smooths_first():
-    board = np.indices((64, 64)).sum(0) % 2 * 255
-    prepared = prepare(board[None].astype(np.uint8), 16, 1)
-    torch.testing.assert_close(prepared, torch.full_like(prepared, 0.5), atol=0.02, rtol=0)
+    stripes = np.zeros((1, 64, 64), np.uint8)
+    stripes[:, :, ::4] = 255  # one column in four: picking columns would lose or double it
+    inside = prepare(stripes, 16, 1)[..., 2:-2]
+    torch.testing.assert_close(inside, torch.full_like(inside, 0.25), atol=0.1, rtol=0)
 
 
 def test_padding_centres_the_image_on_black_and_keeps_every_pixel():

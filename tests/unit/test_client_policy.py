@@ -5,7 +5,7 @@ import pytest
 from client.policy import check_run
 from client.site_config import SiteConfig
 from strategies.errors import RefusalError
-from strategies.records import Instruction
+from strategies.records import Instruction, Task
 from strategies.run_config import RunConfig
 
 STATE = "/srv/hospital/secret-state"
@@ -25,7 +25,9 @@ def site(task: str = "", **limits) -> SiteConfig:
     )
 
 
-def instruction(server_round: int = 1, task="train", federation: str = "lungs") -> Instruction:
+def instruction(
+    server_round: int = 1, task: Task = "train", federation: str = "lungs"
+) -> Instruction:
     return Instruction(federation, "run", server_round, task, {})
 
 

@@ -31,7 +31,9 @@ def make_site(state_dir, load=dataset, **values) -> Site:
 
 
 def model_section(**values) -> ModelSection:
-    return ModelSection.model_validate({"in-channels": 1, "image-size": 16, "patch-size": 2, **values})
+    return ModelSection.model_validate(
+        {"in-channels": 1, "image-size": 16, "patch-size": 2, **values}
+    )
 
 
 def test_the_test_split_is_read_for_one_model_and_again_for_the_same(tmp_path):
@@ -95,7 +97,9 @@ def test_class_counts_are_of_the_training_examples(tmp_path):
 def test_a_run_with_other_classes_is_refused(tmp_path):
     site = make_site(tmp_path)
     site.check_classes(3)
-    with pytest.raises(RefusalError, match=r"model\.num-classes=2; this site's data has 3") as error:
+    with pytest.raises(
+        RefusalError, match=r"model\.num-classes=2; this site's data has 3"
+    ) as error:
         site.check_classes(2)
     assert error.value.code == "other-classes"
 

@@ -60,7 +60,7 @@ def test_a_tilde_is_the_home_folder(write, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ('sight = "A"\n' + MINIMAL, "A.toml: unknown key sight='A'", "did you mean site?"),
+        ('sight = "A"\n' + MINIMAL, "A.toml: unknown key sight=A", "did you mean site?"),
         (MINIMAL + "patient-per-site = 3\n", "unknown key data.patient-per-site=3", "patients-per"),
         (MINIMAL + "[limits]\nmax-epochs = 3\n", "unknown key limits.max-epochs=3", "max-local-ep"),
         (MINIMAL + '[limit]\nx = "y"\n', "unknown key limit={'x': 'y'}", "did you mean limits?"),
@@ -79,11 +79,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(write, text, message, h
         ("[data]\n", "A.toml: site is missing"),
         ('site = "A"\n', "A.toml: data is missing"),
         ('site = "A"\ndata = 3\n', "A.toml: data=3: "),
-        ('site = "hospital a"\n[data]\n', "A.toml: site='hospital a': "),
-        (f'site = "{"x" * 33}"\n[data]\n', "A.toml: site='xxx"),
-        ('device = "tpu"\n' + MINIMAL, "A.toml: device='tpu': Input should be 'auto', 'cpu' or"),
+        ('site = "hospital a"\n[data]\n', "A.toml: site=hospital a: "),
+        (f'site = "{"x" * 33}"\n[data]\n', "A.toml: site=xxx"),
+        ('device = "tpu"\n' + MINIMAL, "A.toml: device=tpu: Input should be 'auto', 'cpu' or"),
         (MINIMAL + "[limits]\nmax-local-steps = 0\n", "A.toml: limits.max-local-steps=0: "),
-        (MINIMAL + '[limits]\nrequire-privacy = "maybe"\n', "limits.require-privacy='maybe': "),
+        (MINIMAL + '[limits]\nrequire-privacy = "maybe"\n', "limits.require-privacy=maybe: "),
     ],
 )
 def test_a_wrong_value_is_named_with_its_file(write, text, message):
@@ -105,7 +105,7 @@ def test_a_data_set_that_does_not_exist_is_refused(write):
 def test_an_address_is_host_and_port(write, superlink):
     with pytest.raises(ConfigError) as error:
         read_site_config(write(f'superlink = "{superlink}"\n' + MINIMAL))
-    assert f"superlink='{superlink}': expected host:port, such as 127.0.0.1:8000" in str(
+    assert f"superlink={superlink}: expected host:port, such as 127.0.0.1:8000" in str(
         error.value
     )
 

@@ -38,9 +38,7 @@ TINY = {
 
 def make_run(**changes) -> RunConfig:
     """``training__batch_size=2`` stands for ``training.batch-size``."""
-    named = {
-        name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()
-    }
+    named = {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
     return RunConfig.parse({**TINY, **named})
 
 
@@ -341,7 +339,8 @@ def test_one_example_trains_with_groups_and_declines_with_batches(make_site):
 
 def test_batches_of_one_are_refused_by_name_where_batch_norm_cannot_take_them(make_site):
     """One image that reaches the last stage as one position has no variance."""
-    with pytest.raises((ConfigError, RefusalError), match="batch-size=1"):
+
+    def attempt() -> None:
         run = make_run(
             model__norm="batch",
             model__depths="1,1,1",
@@ -349,6 +348,9 @@ def test_batches_of_one_are_refused_by_name_where_batch_norm_cannot_take_them(ma
             training__batch_size=1,
         )
         train(make_site(), run, 1, initial(run))
+
+    with pytest.raises((ConfigError, RefusalError), match="batch-size=1"):
+        attempt()
 
 
 @pytest.mark.parametrize("kind", ["inverse-frequency", "effective-number"])

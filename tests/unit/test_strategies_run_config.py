@@ -203,10 +203,22 @@ def test_the_architecture_is_what_the_model_is_built_from():
     assert (own["depths"], own["dims"]) == ((1, 2), (16, 32))
 
 
-def test_assignments_get_their_natural_type():
-    assert parse_assignments(
-        ["seed=3", "a.b=1e-3", "c=True", "d=false", "e=nano", "f=", "g = x=y "]
-    ) == {"seed": 3, "a.b": 1e-3, "c": True, "d": False, "e": "nano", "f": "", "g": "x=y"}
+def test_assignments_get_their_settings_type():
+    words = [
+        "seed=3",
+        "training.learning-rate=1e-3",
+        "training.augment=False",
+        "model.size = nano ",
+    ]
+    texts = parse_assignments(words)
+    assert texts["training.learning-rate"] == "1e-3"
+    run = RunConfig.parse(texts)
+    assert (run.seed, run.training.learning_rate) == (3, 1e-3)
+    assert (run.training.augment, run.model.size) == (False, "nano")
+
+
+def test_only_the_first_equals_sign_divides():
+    assert parse_assignments(["g = x=y ", "f="]) == {"g": "x=y", "f": ""}
 
 
 @pytest.mark.parametrize("word", ["seed", "=3", ""])

@@ -142,7 +142,7 @@ def _named(config: SiteConfig, site: str) -> SiteConfig:
     """Refuse a file that belongs to another site."""
     if config.site != site:
         raise ConfigError(
-            f"--site {site} but the file says site={config.site!r}",
+            f"--site {site} but the file says site={config.site}",
             hint="name the right file with --config, or correct `site` in it",
         )
     return config

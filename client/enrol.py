@@ -44,7 +44,7 @@ def initialise(site: str, path: Path) -> str:
         write_atomic(path, TEMPLATE.read_text(encoding="utf-8").replace("example", site))
     config = read_site_config(path)
     if config.site != site:
-        raise ConfigError(f"--site {site} but {path.name} says site={config.site!r}")
+        raise ConfigError(f"--site {site} but {path.name} says site={config.site}")
     config.state_dir.mkdir(parents=True, exist_ok=True)
     public = create_signing_key(config.state_dir / SIGNING_KEY).public_key()
     public_path = config.state_dir / f"{site}{PUBLIC_KEY_SUFFIX}"

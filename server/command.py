@@ -100,9 +100,9 @@ def _resumed(request: Request) -> Plan:
             hint="leave --run-config and --set out",
         )
     directory = RunDirectory.open(request.resume)
-    stored = directory.config()
-    config = RunConfig.parse(stored["run_config"])
-    return lambda: directory, config, stored["run_uuid"], stored["federation"]
+    config = RunConfig.parse(directory.stored("run_config", dict))
+    run_uuid, federation = (directory.stored(name, str) for name in ("run_uuid", "federation"))
+    return lambda: directory, config, run_uuid, federation
 
 
 def read_run_config(path: Path | None, assignments: list[str]) -> RunConfig:

@@ -141,7 +141,7 @@ def selection_value(figures: Metrics, name: str) -> float:
         ConfigError: An unknown metric.
     """
     if name not in METRIC_NAMES:
-        raise ConfigError(f"metric={name!r} is not known", hint=nearest(name, METRIC_NAMES))
+        raise ConfigError(f"metric={name} is not known", hint=nearest(name, METRIC_NAMES))
     value = figures.get(name)
     if value is None:
         return -math.inf

@@ -1,8 +1,8 @@
 """The run directory: one folder that says what was run, what happened and what came out.
 
 Invariant: ``config.json`` is written before anything is trained and holds all that reproduces the
-run; ``history.jsonl`` only grows, except that resuming cuts what came after the checkpoint. No
-absolute path is written into any file of it.
+run; ``history.jsonl`` only grows, except that resuming cuts what came after the checkpoint. The
+only paths in it are those a person typed, in ``config.json``; the report shows none.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from strategies.errors import CheckpointError, ConfigError
 from strategies.files import append_line, write_atomic
 
 CONFIG, HISTORY, SUMMARY, LOG = "config.json", "history.jsonl", "summary.json", "log.txt"
 MODEL, CHECKPOINTS = "model.safetensors", "checkpoints"
+T = TypeVar("T")
 PACKAGES = ("medmamba-federation", "flwr", "torch", "monai", "numpy", "safetensors")
 
 
@@ -67,6 +68,20 @@ class RunDirectory:
             CheckpointError: It is missing or damaged.
         """
         return read_json(self.path / CONFIG)
+
+    def stored(self, name: str, kind: type[T]) -> T:
+        """Return one value of ``config.json``.
+
+        Raises:
+            CheckpointError: It is not there, or is not a ``kind``.
+        """
+        value = self.config().get(name)
+        if not isinstance(value, kind):
+            raise CheckpointError(
+                f"{self.path / CONFIG} has no {name}: {kind.__name__} expected",
+                hint="resume a directory with the command that made it",
+            )
+        return value
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one line to the history."""
@@ -120,11 +135,14 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: It is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError("not an object")
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not readable", hint="name a directory that a run made"
         ) from error
+    return document
 
 
 def to_json(document: Mapping[str, Any]) -> str:

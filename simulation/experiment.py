@@ -19,6 +19,7 @@ from flwr.app import Context, RecordDict
 from client.app import app as client_app
 from client.data.manifest import ImageDataset
 from client.data.registry import load
+from client.data.transforms import require_fit
 from client.site import SIGNING_KEY, Site, register
 from client.site_config import Limits, SiteConfig
 from client.train import batches
@@ -67,6 +68,8 @@ def prepare(scenario: Scenario) -> Data:
             f"{classes} classes",
             hint=f"--set model.num-classes={classes}",
         )
+    model = run.model
+    require_fit(dataset.images, model.image_size, model.in_channels, model.small_images)
     return Data(dataset, partition(dataset, federation, run.seed))
 
 

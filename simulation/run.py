@@ -20,7 +20,7 @@ if __package__ in (None, ""):
 
 from strategies import cli
 from strategies.errors import ConfigError
-from strategies.run_config import Scalar, parse_assignments
+from strategies.run_config import Scalar, flatten, parse_assignments
 
 EXAMPLES = """examples:
   python simulation/run.py
@@ -60,15 +60,20 @@ def command(arguments: Sequence[str]) -> int:
     from simulation.scenario import parse_scenario, read_scenario
 
     if options.resume is not None:
-        given = (options.scenario, options.data_dir, options.seed, options.output)
+        given = (options.scenario, options.seed, options.output)
         if any(value is not None for value in given) or options.assignments:
             raise ConfigError(
-                "--resume takes everything from the run's own config.json",
+                "--resume takes everything but --data-dir from the run's own config.json",
                 hint="leave the other options out",
             )
         directory = RunDirectory.open(options.resume)
-        stored = directory.config()
-        scenario = parse_scenario({**stored["scenario"], "run": stored["run_config"]})
+        scenario = parse_scenario(
+            {
+                **flatten(directory.stored("scenario", dict)),
+                **flatten({"run": directory.stored("run_config", dict)}),
+                **_data_dir(options),
+            }
+        )
         data = experiment.prepare(scenario)
     else:
         name = options.scenario or "quick"
@@ -96,11 +101,15 @@ def _changes(options: argparse.Namespace) -> dict[str, Scalar]:
     changes = parse_assignments(options.assignments)
     if options.seed is not None:
         changes["seed"] = options.seed
-    if options.data_dir is not None:
-        if not options.data_dir.is_dir():
-            raise ConfigError(f"--data-dir {options.data_dir} is not a folder")
-        changes["data.data-dir"] = str(options.data_dir)
-    return changes
+    return {**changes, **_data_dir(options)}
+
+
+def _data_dir(options: argparse.Namespace) -> dict[str, Scalar]:
+    if options.data_dir is None:
+        return {}
+    if not options.data_dir.is_dir():
+        raise ConfigError(f"--data-dir {options.data_dir} is not a folder")
+    return {"data.data-dir": str(options.data_dir)}
 
 
 def _server_lines(record: logging.LogRecord) -> bool:

@@ -80,7 +80,7 @@ def read_scenario(name: str, changes: Mapping[str, Scalar]) -> Scenario:
     try:
         values = flatten(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise ConfigError(f"scenario={name!r} is not known", hint=nearest(name, names())) from None
+        raise ConfigError(f"scenario={name} is not known", hint=nearest(name, names())) from None
     except OSError as error:
         raise ConfigError(f"scenario={name} cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -28,6 +28,8 @@ from strategies.run_config import RunConfig
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
+# When two nodes speak for one site, the outcome that says more stands.
+_WORTH = {"missing": 0, "dropped": 1, "refused": 2, "ok": 3}
 
 
 @dataclass(frozen=True)
@@ -164,23 +166,23 @@ class Strategy(ABC):
         group = str(instruction.server_round)
         messages = [Message(content, node, kind, ttl=timeout, group_id=group) for node in nodes]
         message_ids = list(grid.push_messages(messages))
-        if len(message_ids) != len(messages) or not all(message_ids):
+        if len(message_ids) != len(messages):
             raise FederationError(
                 f"round={instruction.server_round} task={instruction.task}: flower-superlink did "
                 "not take the instructions",
                 hint="its log says why; weights too large for it are the usual reason",
             )
-        sent = dict(zip(message_ids, nodes, strict=True))
-        answers = self._collect(grid, set(sent), time.monotonic() + timeout)
+        pending = {message_id for message_id in message_ids if message_id}
+        answers = self._collect(grid, pending, time.monotonic() + timeout)
         outcomes: dict[str, Outcome] = {}
-        for message_id, node in sent.items():
+        for node, message_id in zip(nodes, message_ids, strict=True):
             outcome = self._judge(node, message_id, answers.get(message_id), instruction)
             earlier = outcomes.get(outcome.site)
             if earlier is not None and earlier.status == outcome.status == "ok":
                 site = f"node {node}"
                 reason = f"a second reply for site {outcome.site} in this round"
                 outcomes[site] = Outcome(site, "dropped", reason)
-            elif earlier is None or earlier.status != "ok":
+            elif earlier is None or _WORTH[outcome.status] > _WORTH[earlier.status]:
                 # A restarted site is a new node, and its old one may still be listed.
                 outcomes[outcome.site] = outcome
         for site in self.site_keys:
@@ -221,6 +223,8 @@ class Strategy(ABC):
     ) -> Outcome:
         """Decide what one node's answer is worth."""
         site = self._site_of_node.get(node, f"node {node}")
+        if not message_id:  # how flower-superlink says so
+            return Outcome(site, "missing", "not connected")
         if message is None:
             seconds = self.config.strategy.round_timeout_seconds
             return Outcome(site, "missing", f"no reply within {seconds:g} s")

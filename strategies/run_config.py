@@ -329,11 +329,12 @@ def parse_assignments(assignments: list[str]) -> dict[str, Scalar]:
 
 def _natural(key: str, value: Scalar, default: Scalar) -> Scalar:
     """Turn a command line's text into the type of its setting; refuse true for a number."""
-    if isinstance(value, bool) and not isinstance(default, bool):
-        raise ConfigError(f"{key}={value}: expected {type(default).__name__}")
-    if not isinstance(value, str) or isinstance(default, str):
+    if isinstance(default, str):
         return value
-    return _scalar(value)
+    natural = _scalar(value) if isinstance(value, str) else value
+    if isinstance(natural, bool) and not isinstance(default, bool):
+        raise ConfigError(f"{key}={value}: expected {type(default).__name__}")
+    return natural
 
 
 def _scalar(text: str) -> Scalar:

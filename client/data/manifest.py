@@ -281,7 +281,7 @@ def _check_splits(examples: tuple[Example, ...]) -> None:
 
 
 def _unknown_split(split: str) -> DataError:
-    return DataError(f"split={split!r} expected one of {', '.join(SPLITS)}", "rename the split")
+    return DataError(f"split={split} expected one of {', '.join(SPLITS)}", "rename the split")
 
 
 def _check_ids(examples: tuple[Example, ...]) -> None:

@@ -107,9 +107,7 @@ def medmnist_info(name: str) -> DatasetInfo:
     """
     facts = medmnist_facts()
     if name not in facts:
-        raise DataError(
-            f"dataset={name!r} expected one of {', '.join(facts)}", nearest(name, facts)
-        )
+        raise DataError(f"dataset={name} expected one of {', '.join(facts)}", nearest(name, facts))
     return facts[name]
 
 
@@ -217,7 +215,7 @@ def refuse_multi_label(info: DatasetInfo) -> None:
     """Refuses a data set whose images carry several labels."""
     if info.multi_label:
         raise DataError(
-            f"dataset={info.name} task={info.task!r} is multi-label, which is not supported yet",
+            f"dataset={info.name} task={info.task} is multi-label, which is not supported yet",
             "choose a single-label data set",
         )
 

@@ -60,7 +60,7 @@ class DataSource(Section):
     def _belong_together(self) -> Self:
         if self.dataset not in dataset_names():
             raise DataError(
-                f"dataset={self.dataset!r} expected one of {', '.join(dataset_names())}",
+                f"dataset={self.dataset} expected one of {', '.join(dataset_names())}",
                 nearest(self.dataset, dataset_names()),
             )
         used = {

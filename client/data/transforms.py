@@ -64,23 +64,11 @@ def prepare(
         float32 in [0, 1], shape (n, in_channels, s, s).
 
     Raises:
-        DataError: Another number of channels, RGB for a one-channel model, or an image too large
-            to pad.
+        DataError: As `require_fit` does.
     """
+    require_fit(images, image_size, in_channels, small_images)
     rgb = images.ndim == 4
     height, width = images.shape[1:3]
-    if in_channels not in (1, 3):
-        raise DataError(f"in_channels={in_channels} expected 1 or 3", "set in-channels to 1 or 3")
-    if rgb and in_channels == 1:
-        raise DataError(
-            "in_channels=1 expected 3, the images are RGB", "set in-channels = 3 for this data set"
-        )
-    if small_images == "pad" and max(height, width) > image_size:
-        raise DataError(
-            f"image_size={image_size} expected at least {max(height, width)} to pad "
-            f"{height}x{width} images",
-            'use small-images = "resize" or a larger image-size',
-        )
     prepared = torch.zeros((len(images), in_channels, image_size, image_size))
     for start in range(0, len(images), PREPARE_CHUNK):
         chunk = torch.from_numpy(images[start : start + PREPARE_CHUNK]).float().div_(255)
@@ -92,6 +80,30 @@ def prepare(
         else:
             placed[:] = _resize(chunk, image_size)
     return prepared
+
+
+def require_fit(
+    images: ImageArray, image_size: int, in_channels: int, small_images: SmallImages
+) -> None:
+    """Checks what `prepare` would do, without doing it; arguments as there.
+
+    Raises:
+        DataError: Another number of channels, RGB for a one-channel model, or an image too large
+            to pad.
+    """
+    height, width = images.shape[1:3]
+    if in_channels not in (1, 3):
+        raise DataError(f"in_channels={in_channels} expected 1 or 3", "set in-channels to 1 or 3")
+    if images.ndim == 4 and in_channels == 1:
+        raise DataError(
+            "in_channels=1 expected 3, the images are RGB", "set in-channels = 3 for this data set"
+        )
+    if small_images == "pad" and max(height, width) > image_size:
+        raise DataError(
+            f"image_size={image_size} expected at least {max(height, width)} to pad "
+            f"{height}x{width} images",
+            'use small-images = "resize" or a larger image-size',
+        )
 
 
 def _resize(images: Tensor, image_size: int) -> Tensor:

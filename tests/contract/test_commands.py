@@ -99,20 +99,29 @@ def test_help_exits_with_0_and_shows_an_example(command, capsys):
     assert shown.startswith(f"usage: {command} ")
     for option in SURFACE[command]:
         assert option.removesuffix(" VALUE") in shown
-    examples = re.split(r"^examples?:\n", shown, flags=re.MULTILINE)[1:]
-    assert command in "".join(examples)
+    _, _, examples = re.sub(r"\s+", " ", shown).partition(" example")
+    assert command in examples
+
+
+def epilogs(parser: argparse.ArgumentParser) -> list[str]:
+    """The examples of a parser and of its commands."""
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [parser.epilog or ""] + [
+        text for action in inner for command in action.choices.values() for text in epilogs(command)
+    ]
 
 
 @pytest.mark.parametrize("program", MAINS)
 def test_the_examples_are_command_lines_that_parse(program):
     parser = MAINS[program].parser()
-    text = re.sub(r"\\\n\s*", "", parser.epilog)
-    # What follows two spaces explains the example.
-    examples = [re.split(r"\s{2,}", line.strip())[0] for line in text.splitlines()[1:] if line]
-    assert examples
-    for example in examples:
-        assert example.startswith(program)
-        parser.parse_args(shlex.split(example.removeprefix(program)))
+    for epilog in epilogs(parser):
+        text = re.sub(r"\\\n\s*", "", re.sub(r"^examples?:", "", epilog))
+        # What follows two spaces explains the example.
+        lines = [re.split(r"\s{2,}", line.strip())[0] for line in text.strip().splitlines()]
+        assert lines
+        for line in lines:
+            assert line.startswith(program)
+            parser.parse_args(shlex.split(line.removeprefix(program)))
 
 
 PROBE = """

@@ -144,7 +144,7 @@ def test_good_input_runs_through_the_same_command(run, own, tmp_path):
 
 def test_an_unknown_scenario(refused):
     result = refused("--scenario", "quik")
-    assert result.error == "error: scenario='quik' is not known"
+    assert result.error == "error: scenario=quik is not known"
     assert result.hint == "hint: did you mean quick?"
 
 
@@ -397,7 +397,10 @@ def test_a_directory_that_is_not_there_is_not_resumed(not_resumed, tmp_path):
 def test_resuming_takes_no_other_option(not_resumed, directory):
     for more in (["--seed", "1"], ["--scenario", "quick"], ["--set", "seed=1"]):
         result = not_resumed(directory, *more)
-        assert result.error == "error: --resume takes everything from the run's own config.json"
+        assert (
+            result.error
+            == "error: --resume takes everything but --data-dir from the run's own config.json"
+        )
 
 
 def test_a_checkpoint_of_another_architecture_shows_both_shapes(not_resumed, directory):
@@ -432,7 +435,7 @@ def test_the_program_itself_ends_with_code_2_and_no_traceback(tmp_path):
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert ended.stderr.splitlines() == [
-        "error: scenario='quik' is not known",
+        "error: scenario=quik is not known",
         "hint: did you mean quick?",
     ]
     assert list(tmp_path.iterdir()) == []

@@ -80,9 +80,9 @@ def test_a_label_outside_the_classes_is_named_with_its_count(labels, message):
 
 
 def test_an_unknown_split_is_named():
-    with pytest.raises(DataError, match="split='valid' expected one of train, val, test"):
+    with pytest.raises(DataError, match="split=valid expected one of train, val, test"):
         manifest(example(0, split="valid"))
-    with pytest.raises(DataError, match="split='holdout'"):
+    with pytest.raises(DataError, match="split=holdout"):
         manifest(example(0)).rows(split="holdout")
 
 

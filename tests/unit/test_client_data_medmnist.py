@@ -181,7 +181,7 @@ def test_a_missing_file_says_where_it_was_looked_for_and_how_to_get_it(tmp_path)
 
 @pytest.mark.parametrize("lookup", [find_npz, fetch])
 def test_unknown_names_and_sizes_are_refused_before_anything_else(lookup, tmp_path):
-    with pytest.raises(DataError, match="dataset='brestmnist' expected one of") as error:
+    with pytest.raises(DataError, match="dataset=brestmnist expected one of") as error:
         lookup("brestmnist", 28, tmp_path)
     assert error.value.hint == "did you mean breastmnist?"
     with pytest.raises(DataError, match="image-size=32 expected one of 28, 64, 128, 224"):

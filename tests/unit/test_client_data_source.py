@@ -59,7 +59,7 @@ def test_a_source_survives_being_written_down_and_read_back():
     ],
 )
 def test_an_unknown_data_set_gets_the_nearest_name(name, hint):
-    with pytest.raises(DataError, match=f"dataset='{name}' expected one of phantom, npz") as error:
+    with pytest.raises(DataError, match=f"dataset={name} expected one of phantom, npz") as error:
         source(dataset=name)
     assert error.value.hint.startswith(hint)
 

@@ -63,6 +63,6 @@ def test_a_name_that_cannot_be_used_is_refused_before_anything_is_written(tmp_pa
 def test_a_file_of_another_site_is_refused_and_gets_no_key(tmp_path):
     path = tmp_path / "A.toml"
     path.write_text('site = "B"\n[data]\n')
-    with pytest.raises(ConfigError, match=r"--site A but A\.toml says site='B'"):
+    with pytest.raises(ConfigError, match=r"--site A but A\.toml says site=B"):
         initialise("A", path)
     assert files(tmp_path) == ["A.toml"]

@@ -94,7 +94,7 @@ def test_a_wrong_value_is_named_with_its_file(write, text, message):
 
 
 def test_a_data_set_that_does_not_exist_is_refused(write):
-    with pytest.raises(DataError, match="dataset='fantom' expected one of") as error:
+    with pytest.raises(DataError, match="dataset=fantom expected one of") as error:
         read_site_config(write('site = "A"\n[data]\ndataset = "fantom"\n'))
     assert error.value.hint == "did you mean phantom?"
 
@@ -105,9 +105,7 @@ def test_a_data_set_that_does_not_exist_is_refused(write):
 def test_an_address_is_host_and_port(write, superlink):
     with pytest.raises(ConfigError) as error:
         read_site_config(write(f'superlink = "{superlink}"\n' + MINIMAL))
-    assert f"superlink={superlink}: expected host:port, such as 127.0.0.1:8000" in str(
-        error.value
-    )
+    assert f"superlink={superlink}: expected host:port, such as 127.0.0.1:8000" in str(error.value)
 
 
 @pytest.mark.parametrize("superlink", ["hospital.example:443", "[::1]:8000", "10.0.0.1:65535"])

@@ -171,6 +171,20 @@ def test_seed_site_and_round_decide_the_update_to_the_bit(make_site, augment):
     assert not any(same(first.update, other.update) for other in others)
 
 
+def test_each_kind_of_draw_has_its_own_seed_from_run_site_and_round(make_site, monkeypatch):
+    drawn: list[tuple[str | int, ...]] = []
+
+    def spy(*names: str | int) -> int:
+        drawn.append(names)
+        return 1
+
+    monkeypatch.setattr(train_module, "derive_seed", spy)
+    run = make_run(seed=7)
+    train(make_site("B"), run, 3, initial(run))
+    assert {(names[0], *names[2:]) for names in drawn} == {(7, "B", 3)}
+    assert sorted(names[1] for names in drawn) == ["augment", "order", "train"]
+
+
 @pytest.mark.parametrize("kind", ["batch", "group"])
 def test_what_was_trained_before_in_the_process_does_not_matter(make_site, kind):
     run = make_run(model__norm=kind)
@@ -206,6 +220,16 @@ def test_the_result_says_what_was_done(make_site):
     assert result.num_examples == 9
     assert result.num_steps == 2 * 2  # batches of 4 and 5
     assert result.learning_rate == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("server_round", [1, 3])
+def test_the_first_step_is_as_long_as_the_learning_rate(make_site, server_round):
+    """AdamW's first step moves a weight by its rate, whatever the gradient."""
+    run = make_run(training__local_steps=1, training__weight_decay=0.0, training__schedule="cosine")
+    result = train(make_site(), run, server_round, initial(run))
+    longest = max(float(np.abs(value).max()) for value in result.update.values())
+    assert longest == pytest.approx(result.learning_rate, rel=1e-2)
+    assert result.learning_rate == pytest.approx({1: 0.01, 3: 0.005}[server_round])
 
 
 def test_the_reported_loss_is_the_mean_over_the_examples_seen(make_site):
@@ -362,12 +386,21 @@ def test_a_site_with_one_class_trains(make_site, kind):
     assert norm(result.update) > 0
 
 
-def test_class_weights_come_from_the_sites_own_counts(make_site):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training__class_weights": "none"},
+        {"training__class_weights": "inverse-frequency"},
+        {"training__effective_number_beta": 0.5},
+        {"training__focal_gamma": 2.0},
+    ],
+)
+def test_each_setting_of_the_loss_reaches_it(make_site, changes):
+    """The weights come from the site's own counts, so a skewed site shows every setting."""
     skewed = make_dataset(labels=[0] * 7 + [1, 2])
-    losses = []
-    for kind in ("none", "inverse-frequency"):
-        run = make_run(training__class_weights=kind, training__learning_rate=1e-12)
-        losses.append(train(make_site(dataset=skewed), run, 1, initial(run)).loss)
+    still = {"training__learning_rate": 1e-12, "training__class_weights": "effective-number"}
+    plain, changed = make_run(**still), make_run(**{**still, **changes})
+    losses = [train(make_site(dataset=skewed), r, 1, initial(r)).loss for r in (plain, changed)]
     assert losses[0] != losses[1]
 
 

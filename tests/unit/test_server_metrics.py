@@ -223,6 +223,6 @@ def test_selection_is_larger_for_better():
 
 
 def test_an_unknown_metric_names_the_nearest():
-    with pytest.raises(ConfigError, match="metric='balanced-accuracy' is not known") as error:
+    with pytest.raises(ConfigError, match="metric=balanced-accuracy is not known") as error:
         selection_value({}, "balanced-accuracy")
     assert error.value.hint == "did you mean balanced_accuracy?"

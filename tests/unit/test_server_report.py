@@ -567,7 +567,7 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
     ("name", "change", "message"),
     [
         ("summary.json", {"selection": {"split": "val"}}, "selection.metric is missing"),
-        ("summary.json", {"seconds": "long"}, "seconds='long': Input should be a valid number"),
+        ("summary.json", {"seconds": "long"}, "seconds=long: Input should be a valid number"),
         ("summary.json", {"classes": ["a", "b"]}, "pooled.confusion: expected 2 rows and columns"),
         ("summary.json", {"classes": []}, "classes"),
         ("partition.json", {"classes": ["a"]}, "sites.A: expected 1 counts per split"),

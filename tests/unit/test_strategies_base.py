@@ -449,6 +449,35 @@ def test_a_site_that_came_back_as_another_node_counts(new, silence):
     assert_same_bits(found, mean_by_hand(SITES))
 
 
+@pytest.mark.parametrize("gone", [{"B"}, {"B", "C"}])
+def test_a_node_that_left_before_the_instruction_was_sent_is_missing(gone, monkeypatch):
+    # Flower's grid has an empty id for a message whose node is not registered any more.
+    rounds = strategy(min_sites=1)
+    rounds.train(Sites(), list(NODES), 1, weights())
+    grid = Sites({site: silent for site in gone})
+    push = grid.push_messages
+
+    def push_some(messages):
+        return [
+            "" if site in gone else key
+            for key, site in zip(push(messages), NODES.values(), strict=True)
+        ]
+
+    monkeypatch.setattr(grid, "push_messages", push_some)
+    found, outcomes = rounds.train(grid, list(NODES), 2, weights())
+    assert_same_bits(found, mean_by_hand(set(SITES) - gone))
+    assert {o.site for o in outcomes if o.status == "missing"} == gone
+
+
+def test_a_dropped_reply_keeps_its_reason_when_an_old_node_is_silent():
+    rounds = strategy(round_timeout_seconds=0.1)
+    rounds.train(Sites(), list(NODES), 1, weights())
+    grid = Sites({"gone": silent, "A": poke(np.nan)}, {10: "A", 11: "gone", 12: "B", 13: "C"})
+    _, outcomes = rounds.train(grid, [10, 11, 12, 13], 2, weights())
+    outcome = by_site(outcomes)["A"]
+    assert (outcome.status, "not finite" in outcome.reason) == ("dropped", True)
+
+
 def test_a_flower_error_is_a_missing_reply_with_its_reason():
     def lost(site, message):
         return Message(Error(3, "Node Unavailable"), reply_to=message)

@@ -77,7 +77,7 @@ def test_a_key_like_no_other_gets_the_whole_list():
 
 
 def test_a_section_is_not_a_setting():
-    assert str(refusal({"model": "nano"})) == "unknown key model='nano'"
+    assert str(refusal({"model": "nano"})) == "unknown key model=nano"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_section_is_not_a_setting():
 )
 def test_a_value_out_of_bounds_is_refused_with_its_dotted_key(key, bad, expected):
     message = str(refusal({key: bad}))
-    assert message.startswith(f"{key}={bad!r}: ")
+    assert message.startswith(f"{key}={bad}: ")
     assert expected in message
 
 
@@ -134,9 +134,10 @@ def test_true_is_not_a_number():
     numbers = [key for key, value in RunConfig().flatten().items() if type(value) in (int, float)]
     accepted = []
     for key in numbers:
-        with contextlib.suppress(ConfigError):
-            RunConfig.parse({key: True})
-            accepted.append(key)
+        for value in (True, "true"):
+            with contextlib.suppress(ConfigError):
+                RunConfig.parse({key: value})
+                accepted.append((key, value))
     assert accepted == []
 
 
@@ -178,6 +179,10 @@ def test_every_setting_says_what_it_is_for():
             "model: image-size=17 with patch-size=9 leaves no pixel after 2 stages; expected at "
             "least 18 (small-images says how smaller images get there)",
         ),
+        (
+            {"model.norm": "batch", "training.batch-size": 1},
+            "training.batch-size=1 with model.norm=batch: expected at least 2",
+        ),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(values, message):
@@ -188,6 +193,8 @@ def test_values_at_the_edge_of_a_cross_rule_pass():
     assert RunConfig.parse({"model.image-size": 32}).model.image_size == 32
     fedprox = RunConfig.parse({"strategy.name": "fedprox", "strategy.proximal-mu": 0.1})
     assert fedprox.strategy.proximal_mu == 0.1
+    RunConfig.parse({"model.norm": "group", "training.batch-size": 1})
+    RunConfig.parse({"model.norm": "batch", "training.batch-size": 2})
 
 
 def test_the_architecture_is_what_the_model_is_built_from():

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench clean
+.PHONY: help demo test test-all lint check bench clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -30,13 +30,15 @@ test: $(VENV)/installed-dev  ## unit, contract, integration and one end-to-end t
 test-all: $(VENV)/installed-dev  ## everything; a skip that is not listed in tests/skips.txt fails
 	$(TEST_ENV) $(BIN)/python -m pytest tests --durations=25 --fail-on-unlisted-skips
 
-check: $(VENV)/installed-dev  ## format, lint, types, unit and contract tests
+lint: $(VENV)/installed-dev  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
+
+check: lint  ## lint, then unit and contract tests
 	$(TEST_ENV) $(BIN)/python -m pytest tests/unit tests/contract
 
-bench: $(VENV)/installed-dev  ## measure and print the figures of docs/benchmarks.md
+bench: $(VENV)/installed-dev  ## measure the figures of docs/benchmarks.md and write that page
 	$(BIN)/python benchmarks/run_all.py
 
 clean:  ## remove the environment and caches; runs and site files stay

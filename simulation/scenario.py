@@ -109,7 +109,7 @@ def parse_scenario(values: Mapping[str, Any]) -> Scenario:
         if key not in known and key != "description":
             raise ConfigError(f"unknown key {key}={value}", hint=nearest(key, known))
         if get_origin(known.get(key)) is tuple and isinstance(value, str):
-            flat[key] = tuple(part.strip() for part in value.split(","))  # pyright: ignore[reportArgumentType]
+            flat[key] = tuple(part.strip() for part in value.split(",") if part.strip())  # pyright: ignore[reportArgumentType]
     config = RunConfig.parse(run)
     try:
         return Scenario.model_validate({**unflatten(flat), "run": config})

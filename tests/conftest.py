@@ -1,4 +1,4 @@
-"""What all tests share: where things are, quiet libraries, one thread, and no network.
+"""What all tests share: quiet libraries, one thread, no network, and a list of allowed skips.
 
 Invariant: a test that reaches for another machine fails and says which, whatever the code under
 test catches. Loopback stays open: the end-to-end tests talk over it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,19 +27,51 @@ os.environ |= {
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+# Reasons for which a test may be skipped, one a line.
+LISTED_SKIPS = Path(__file__).with_name("skips.txt")
+UNLISTED = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fail-on-unlisted-skips",
+        action="store_true",
+        help=f"fail when a test is skipped for a reason that {LISTED_SKIPS.name} does not have",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[UNLISTED] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport]:
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if reason not in LISTED_SKIPS.read_text(encoding="utf-8").splitlines():
+            item.config.stash[UNLISTED].append(f"{report.nodeid}: {reason}")
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    strict = session.config.getoption("--fail-on-unlisted-skips")
+    if strict and session.config.stash[UNLISTED] and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    unlisted = terminalreporter.config.stash[UNLISTED]
+    if unlisted and terminalreporter.config.getoption("--fail-on-unlisted-skips"):
+        terminalreporter.section(f"skips that {LISTED_SKIPS.name} does not have", red=True)
+        for line in unlisted:
+            terminalreporter.line(line)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The checkout's root."""
     return REPOSITORY
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of public data and fixtures beside the checkout."""
-    folder = REPOSITORY.parent / "shared"
-    if not folder.is_dir():
-        pytest.skip("the folder shared/ with data and fixtures is not beside this checkout")
-    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

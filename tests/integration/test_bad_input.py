@@ -403,6 +403,11 @@ def test_resuming_takes_no_other_option(not_resumed, directory):
         )
 
 
+def test_resuming_takes_the_folder_that_the_data_are_in_now(not_resumed, directory, tmp_path):
+    error = not_resumed(directory, "--data-dir", tmp_path).error
+    assert f"data-dir={tmp_path} has no effect with dataset=phantom" in error
+
+
 def test_a_checkpoint_of_another_architecture_shows_both_shapes(not_resumed, directory):
     path = directory / "config.json"
     config = json.loads(path.read_text())

@@ -229,7 +229,9 @@ def test_names_and_shapes_are_frozen():
     assert len(official) == len(golden)
 
 
-@pytest.mark.skipif(not FIXTURES.is_dir(), reason="the official code's results are not here")
+@pytest.mark.skipif(
+    not FIXTURES.is_dir(), reason="the official code's results (shared/fixtures) are not here"
+)
 def test_official_names_and_shapes_are_those_of_the_official_code():
     with np.load(FIXTURES / "model_tiny_state.npz") as archive:
         theirs = {name.removeprefix("sd/"): archive[name].shape for name in archive.files}

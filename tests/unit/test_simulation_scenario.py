@@ -83,6 +83,7 @@ def test_everything_else_stays_as_the_scenario_says():
 
 def test_baselines_can_be_asked_for_on_the_command_line():
     assert read("quick", "federation.baselines=pooled").federation.baselines == ("pooled",)
+    assert read("breastmnist", "federation.baselines=").federation.baselines == ()
 
 
 def test_a_file_of_ones_own_is_a_scenario(write):

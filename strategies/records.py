@@ -1,10 +1,10 @@
 """The wire contract: what an instruction and a reply hold, and the bytes a site signs.
 
 Invariant: a coordinator learns from a site nothing that is not declared here. Numbers travel as
-Flower records: arrays as ``ArrayRecord``, sums and seconds as ``MetricRecord`` (declared keys
-only), the rest as ``ConfigRecord``. Every reply, a refusal too, carries the site's signature over
-(schema, federation, run_uuid, round, message id, key epoch, site, status, reason, num_examples,
-hash of the arrays, metrics); Flower itself lets one site answer in the name of another.
+Flower records: arrays as one blob in an ``ArrayRecord``, sums and seconds as ``MetricRecord``
+(declared keys only), the rest as ``ConfigRecord``. Every reply, a refusal too, carries the site's
+signature over (schema, federation, run_uuid, round, message id, key epoch, site, status, reason,
+num_examples, hash of the arrays, metrics); Flower itself lets one site answer in another's name.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import safetensors.numpy
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from strategies.identity import sign, verify
 
 SCHEMA_VERSION = 1
 ARRAYS, METRICS, ENVELOPE = "arrays", "metrics", "envelope"
+BLOB = "safetensors"
 
 Arrays = dict[str, NDArray[np.float32]]
 MetricValue = int | float | list[int] | list[float]
@@ -219,29 +221,36 @@ def declared_metrics(task: str, status: str) -> tuple[str, ...]:
 
 
 def pack(arrays: Arrays) -> ArrayRecord:
-    """Turn named arrays into a Flower record."""
-    return ArrayRecord({name: Array(value) for name, value in arrays.items()})
+    """Turn named arrays into a Flower record of one safetensors blob.
+
+    Flower moves every array as objects of their own, a request each, through two processes: with
+    one blob a round of nano over sockets takes 5 s, with one array a parameter 28 s.
+    """
+    data = safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in arrays.items()})
+    return ArrayRecord({BLOB: Array("uint8", (len(data),), BLOB, data)})
 
 
 def unpack(content: RecordDict) -> Arrays:
     """Return the arrays of a message.
 
     Raises:
-        ProtocolError: The record is missing, or an array is not readable float32.
+        ProtocolError: The record is missing, is not one readable blob, or holds another type than
+            float32.
     """
     record = content.array_records.get(ARRAYS)
     if record is None:
         raise ProtocolError(f"record {ARRAYS!r} is missing")
-    arrays: Arrays = {}
-    for name, array in record.items():
-        try:
-            value = array.numpy()
-        except Exception as error:  # NumPy's reader raises several kinds on foreign bytes
-            raise ProtocolError(f"array {name!r} is not readable") from error
+    if list(record) != [BLOB]:
+        raise ProtocolError(f"record {ARRAYS!r} has {len(record)} arrays; expected {BLOB} alone")
+    try:
+        arrays = safetensors.numpy.load(record[BLOB].data)
+    except Exception as error:  # its reader raises several kinds on foreign bytes
+        raise ProtocolError(f"record {ARRAYS!r} is not readable") from error
+    for name, value in arrays.items():
         if value.dtype != np.float32:
             raise ProtocolError(f"array {name!r} has dtype={value.dtype}; expected float32")
-        arrays[name] = value
-    return arrays
+    # The blob's alignment must not decide how later sums are vectorised.
+    return {name: np.array(value) for name, value in arrays.items()}
 
 
 def hash_arrays(arrays: Arrays) -> str:

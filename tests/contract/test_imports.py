@@ -22,7 +22,7 @@ MAY_IMPORT = {
 
 # The packages that stand alone say what they need; elsewhere any dependency will do.
 THIRD_PARTIES = {
-    "strategies": {"cryptography", "flwr", "numpy", "pydantic", "rich", "tenseal"},
+    "strategies": {"cryptography", "flwr", "numpy", "pydantic", "rich", "safetensors", "tenseal"},
     "medmamba": {"mamba_ssm", "numpy", "safetensors", "torch", "triton"},
 }
 ONLY_UNDER = {

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
@@ -22,7 +23,7 @@ from simulation.grid import LocalGrid
 from strategies.errors import FederationError, QuorumError
 from strategies.evaluation import EvaluationSums
 from strategies.fedavg import FedAvg
-from strategies.records import ARRAYS, ENVELOPE, METRICS, Arrays, Instruction, Reply
+from strategies.records import ARRAYS, BLOB, ENVELOPE, METRICS, Arrays, Instruction, Reply
 from strategies.run_config import RunConfig
 
 SITES = ("A", "B", "C")
@@ -199,12 +200,13 @@ def test_who_answers_first_does_not_change_a_bit(arrival, nodes):
     assert [o.site for o in outcomes] == list(SITES)
 
 
-def with_arrays(**arrays: Array) -> Answer:
-    """Arrays that do not fit the signature's content, as only a broken site sends them."""
+def with_arrays(arrays: dict[str, np.ndarray] | bytes) -> Answer:
+    """Arrays that no working site sends."""
 
     def answer(site, message):
+        data = arrays if isinstance(arrays, bytes) else safetensors.numpy.save(arrays)
         content = signed(site, message)
-        content[ARRAYS] = ArrayRecord({k.replace("_", "."): v for k, v in arrays.items()})
+        content[ARRAYS] = ArrayRecord({BLOB: Array("uint8", (len(data),), BLOB, data)})
         return content
 
     return answer
@@ -285,16 +287,16 @@ BAD: dict[str, tuple[Answer, str]] = {
         "arrays head.bias, stem.weight are missing or unknown (2)",
     ),
     "float64": (
-        with_arrays(stem_weight=Array(np.ones((2, 3)))),
+        with_arrays({"stem.weight": np.ones((2, 3))}),
         "array 'stem.weight' has dtype=float64; expected float32",
     ),
     "integer-buffer": (
-        with_arrays(num_batches_tracked=Array(np.array(3))),
+        with_arrays({"num.batches.tracked": np.array([3])}),
         "array 'num.batches.tracked' has dtype=int64; expected float32",
     ),
     "garbage": (
-        with_arrays(stem_weight=Array("float32", (2, 3), "numpy.ndarray", b"\x80\x04garbage")),
-        "array 'stem.weight' is not readable",
+        with_arrays(b"\x80\x04garbage"),
+        "record 'arrays' is not readable",
     ),
     "no-examples": (
         lambda s, m: signed(s, m, num_examples=0),

@@ -24,6 +24,9 @@ os.environ |= {
     "MPLBACKEND": "Agg",
 }
 
+# Asserts in shared helpers explain themselves as those in tests do.
+pytest.register_assert_rewrite("fakes")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

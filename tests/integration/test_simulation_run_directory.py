@@ -1,0 +1,127 @@
+"""A finished run directory is complete, reproduces its run and can be handed on."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from fakes.experiments import ROUNDS, SITES, history, make_scenario, site_line
+from medmamba.weights import load
+from simulation.scenario import parse_scenario
+from strategies.run_config import METRIC_NAMES
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_report")]
+
+
+def test_history_has_each_round_and_site_once(finished):
+    entries = history(finished)
+    keys = [(e["type"], e["server_round"], e.get("site"), e.get("split")) for e in entries]
+    assert len(set(keys)) == len(keys)
+    for server_round in range(1, ROUNDS + 1):
+        assert ("round", server_round, None, None) in keys
+        for site in SITES:
+            assert ("site", server_round, site, None) in keys
+    evaluated = [e["server_round"] for e in entries if e["type"] == "evaluation"]
+    assert evaluated == list(range(ROUNDS + 1))
+
+
+def test_pooled_training_stands_beside_with_as_many_steps(finished, summary):
+    pooled = history(finished / "baselines" / "pooled")
+    for server_round in range(1, ROUNDS + 1):
+        together = sum(site_line(finished, server_round, s)["num_steps"] for s in SITES)
+        (steps,) = (
+            e["num_steps"]
+            for e in pooled
+            if (e["type"], e["server_round"]) == ("site", server_round)
+        )
+        assert steps == together == 2 * len(SITES)
+    assert set(summary["baselines"]) == {"pooled"}
+    assert summary["baselines"]["pooled"]["num_examples"] == summary["pooled"]["num_examples"]
+
+
+def test_config_json_holds_what_reproduces_the_run(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert set(config) == {
+        "run_uuid",
+        "federation",
+        "scenario",
+        "run_config",
+        "seed",
+        "git_commit",
+        "versions",
+        "provenance",
+    }
+    assert config["run_config"]["training"]["weight-decay"] == 0.05  # resolved, not only changes
+    assert {"torch", "flwr", "monai", "numpy"} <= set(config["versions"])
+    assert config["git_commit"]
+    assert config["provenance"]["simulated"] is True
+
+
+def test_config_json_read_back_reproduces_the_run(finished, tmp_path):
+    stored = json.loads((finished / "config.json").read_text())
+    scenario = parse_scenario({**stored["scenario"], "run": stored["run_config"]})
+    assert scenario == make_scenario(federation__baselines=["pooled"])
+
+
+def test_summary_json_holds_every_metric_for_all_sites_the_worst_and_the_baseline(summary):
+    figures = [
+        summary["pooled"],
+        summary["worst_site"],
+        summary["baselines"]["pooled"],
+        *(summary["sites"][site] for site in SITES),
+    ]
+    for one in figures:
+        assert set(METRIC_NAMES) <= set(one)
+    assert set(summary["sites"]) == set(SITES)
+    assert summary["worst_site"]["site"] in SITES
+    assert summary["privacy"] == {"mode": "off"}
+    assert summary["encryption"] == {"mode": "off"}
+    assert summary["simulated"] is True
+    total = sum(site["num_examples"] for site in summary["sites"].values())
+    assert summary["pooled"]["num_examples"] == total
+
+
+def test_the_directory_holds_its_files_and_nothing_temporary(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "config.json",
+        "history.jsonl",
+        "summary.json",
+        "partition.json",
+        "checkpoints",
+        "baselines",
+        "sites",
+        "model.safetensors",
+        "report.html",
+    }
+    assert not [path for path in finished.rglob(".*")]
+
+
+def test_no_file_names_the_folder_it_lies_in(finished):
+    """A run directory is handed on; paths name people and projects."""
+    place = str(finished.parent).encode()
+    for path in finished.rglob("*"):
+        if path.is_file():
+            assert place not in path.read_bytes(), path.name
+
+
+def test_the_model_loads_and_is_the_runs_architecture(finished):
+    model = load(finished / "model.safetensors")
+    assert model.config.dims == (8, 16)
+    assert model.config.num_classes == 3
+    assert torch.isfinite(model.eval()(torch.zeros(1, 1, 32, 32))).all()
+
+
+def test_the_report_is_one_file_that_loads_nothing(finished):
+    html = (finished / "report.html").read_text()
+    loads = re.findall(r"""(?:src|href|action|data)\s*=\s*["']?\s*([^"'\s>]+)""", html)
+    assert loads
+    assert not [target for target in loads if not target.startswith(("data:", "#"))]
+    assert not re.findall(r"url\(\s*[\"']?(?!data:|#)", html)
+    assert "@import" not in html
+    assert "<script src" not in html
+    for site in SITES:
+        assert site in html

@@ -17,8 +17,9 @@ from flwr.clientapp import ClientApp
 from client.policy import check_run
 from client.site import Site, registered
 from client.train import evaluate, train
+from strategies.arrays import hash_arrays
 from strategies.errors import FederationError, ProtocolError, RefusalError
-from strategies.records import Instruction, Reply, hash_arrays
+from strategies.records import Instruction, Reply
 from strategies.run_config import RunConfig
 
 log = logging.getLogger(__name__)

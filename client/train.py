@@ -23,9 +23,9 @@ from client.site import Site, Split
 from medmamba.config import MedMambaConfig
 from medmamba.model import MedMamba, no_weight_decay
 from medmamba.weights import load_arrays, to_arrays
+from strategies.arrays import Arrays
 from strategies.errors import RefusalError
 from strategies.evaluation import EvaluationSums
-from strategies.records import Arrays
 from strategies.run_config import RunConfig, TrainingSection
 from strategies.seeds import derive_seed
 

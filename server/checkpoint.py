@@ -16,9 +16,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from strategies.arrays import Arrays, hash_arrays
 from strategies.errors import CheckpointError
 from strategies.files import write_atomic
-from strategies.records import Arrays, hash_arrays
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from medmamba.weights import load_arrays, save, to_arrays
 from server.checkpoint import State, check_shapes, load_checkpoint, save_checkpoint
 from server.metrics import auc_interval, metrics, selection_value, worst_site
 from server.run_directory import CHECKPOINTS, MODEL, RunDirectory
+from strategies.arrays import Arrays
 from strategies.base import Outcome, Strategy
 from strategies.evaluation import EvaluationSums
-from strategies.records import Arrays
 from strategies.registry import STRATEGIES
 from strategies.run_config import RunConfig
 from strategies.seeds import derive_seed

@@ -9,10 +9,11 @@ depend on who answers first. Only float32 arrays travel: integer buffers stay wh
 from __future__ import annotations
 
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -20,14 +21,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from strategies.arrays import Arrays
+from strategies.cli import one_line
 from strategies.errors import FederationError, ProtocolError, QuorumError
 from strategies.evaluation import EvaluationSums
-from strategies.records import Arrays, Instruction, Reply
+from strategies.records import Instruction, Reply
 from strategies.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
+REASON_LENGTH = 200
+# An update this many times as long as the weights is a fault, and one of them ends all learning.
+MAX_UPDATE_RATIO = 100.0
 # When two nodes speak for one site, the outcome that says more stands.
 _WORTH = {"missing": 0, "dropped": 1, "refused": 2, "ok": 3}
 
@@ -177,6 +183,8 @@ class Strategy(ABC):
         outcomes: dict[str, Outcome] = {}
         for node, message_id in zip(nodes, message_ids, strict=True):
             outcome = self._judge(node, message_id, answers.get(message_id), instruction)
+            # What a stranger wrote must not forge a line of the log or fill the history.
+            outcome = replace(outcome, reason=one_line(outcome.reason, limit=REASON_LENGTH))
             earlier = outcomes.get(outcome.site)
             if earlier is not None and earlier.status == outcome.status == "ok":
                 site = f"node {node}"
@@ -302,3 +310,11 @@ def _check_update(update: Arrays, weights: Arrays) -> None:
             )
         if not np.isfinite(value).all():
             raise ProtocolError(f"array {name!r} holds values that are not finite")
+    length, limit = _norm(update), MAX_UPDATE_RATIO * max(_norm(weights), 1.0)
+    if length > limit:
+        raise ProtocolError(f"update norm={length:.3g}: expected at most {limit:.3g}")
+
+
+def _norm(arrays: Arrays) -> float:
+    squares = (float(np.square(value, dtype=np.float64).sum()) for value in arrays.values())
+    return math.sqrt(sum(squares))

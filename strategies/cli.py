@@ -92,9 +92,14 @@ def report(error: FederationError) -> None:
         print(f"hint: {one_line(error.hint)}", file=sys.stderr)
 
 
-def one_line(text: str) -> str:
-    """Join a text's lines, so that an error is one line whatever a library wrote."""
-    return " ".join(text.split())
+def one_line(text: str, limit: int | None = None) -> str:
+    r"""Join a text's lines without control characters, whatever a library or a stranger wrote.
+
+    >>> one_line("two\nlines\x1b[2J", limit=10)
+    'two lines…'
+    """
+    shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return shown if limit is None or len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

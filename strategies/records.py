@@ -9,32 +9,40 @@ num_examples, hash of the arrays, metrics); Flower itself lets one site answer i
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
-import safetensors.numpy
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from numpy.typing import NDArray
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
+from strategies.arrays import (
+    ARRAYS,
+    Arrays,
+    from_record,
+    hash_blob,
+    parse,
+    serialise,
+    to_record,
+)
 from strategies.errors import ProtocolError
 from strategies.evaluation import metric_keys
 from strategies.identity import sign, verify
 
 SCHEMA_VERSION = 1
-ARRAYS, METRICS, ENVELOPE = "arrays", "metrics", "envelope"
-BLOB = "safetensors"
+METRICS, ENVELOPE = "metrics", "envelope"
 
-Arrays = dict[str, NDArray[np.float32]]
 MetricValue = int | float | list[int] | list[float]
 Task = Literal["train", "val", "test"]
 
-TRAIN_METRICS = ("train-loss", "num-steps", "seconds", "learning-rate")
+# Each a number from the first bound to the second; the bounds keep sums and JSON finite.
+TRAIN_METRICS = {
+    "train-loss": (0, 1e9),
+    "num-steps": (1, 1e9),
+    "seconds": (0, 1e9),
+    "learning-rate": (0, 1e9),
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,8 @@ class Instruction:
             "server-round": self.server_round,
             "task": self.task,
         }
-        return RecordDict({ARRAYS: pack(self.weights), ENVELOPE: ConfigRecord(dict(envelope))})
+        arrays = to_record(serialise(self.weights))
+        return RecordDict({ARRAYS: arrays, ENVELOPE: ConfigRecord(dict(envelope))})
 
     @classmethod
     def from_content(cls, content: RecordDict) -> Instruction:
@@ -86,7 +95,7 @@ class Instruction:
             run_uuid=str(values["run-uuid"]),
             server_round=int(values["server-round"]),
             task=task,
-            weights=unpack(content),
+            weights=parse(from_record(content)),
         )
 
 
@@ -123,7 +132,7 @@ class Reply:
         assert not isinstance(value, list)
         return value
 
-    def signed_document(self) -> dict[str, object]:
+    def signed_document(self, arrays_sha256: str) -> dict[str, object]:
         """Return the document whose canonical JSON is signed."""
         return {
             "schema-version": SCHEMA_VERSION,
@@ -137,13 +146,14 @@ class Reply:
             "status": self.status,
             "reason": self.reason,
             "num-examples": self.num_examples,
-            "arrays-sha256": hash_arrays(self.update),
+            "arrays-sha256": arrays_sha256,
             "metrics": dict(self.metrics),
         }
 
     def to_content(self, key: Ed25519PrivateKey) -> RecordDict:
         """Sign and pack for a Flower message."""
-        document = self.signed_document()
+        data = serialise(self.update)
+        document = self.signed_document(hash_blob(data))
         signature = sign(key, document)
         envelope = {
             name: value
@@ -152,7 +162,7 @@ class Reply:
         }
         return RecordDict(
             {
-                ARRAYS: pack(self.update),
+                ARRAYS: to_record(data),
                 METRICS: MetricRecord(dict(self.metrics)),
                 ENVELOPE: ConfigRecord({**envelope, "signature": signature}),  # pyright: ignore[reportArgumentType]
             }
@@ -199,12 +209,13 @@ class Reply:
             reason=str(values["reason"]),
             key_epoch=int(values["key-epoch"]),
             num_examples=int(values["num-examples"]),
-            update=unpack(content),
             metrics=_metrics(content, declared_metrics(task, status)),
         )
         assert isinstance(signature, bytes)  # _envelope checked its type
-        verify(keys[site], reply.signed_document(), signature)
-        return reply
+        data = from_record(content)
+        verify(keys[site], reply.signed_document(hash_blob(data)), signature)
+        # Only now, so that nobody without an admitted key reaches the reader.
+        return replace(reply, update=parse(data))
 
 
 def declared_metrics(task: str, status: str) -> tuple[str, ...]:
@@ -218,50 +229,6 @@ def declared_metrics(task: str, status: str) -> tuple[str, ...]:
     if task == "train":
         return (*TRAIN_METRICS, *metric_keys("val"))
     return metric_keys(task)
-
-
-def pack(arrays: Arrays) -> ArrayRecord:
-    """Turn named arrays into a Flower record of one safetensors blob.
-
-    Flower moves every array as objects of their own, a request each, through two processes: with
-    one blob a round of nano over sockets takes 5 s, with one array a parameter 28 s.
-    """
-    data = safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in arrays.items()})
-    return ArrayRecord({BLOB: Array("uint8", (len(data),), BLOB, data)})
-
-
-def unpack(content: RecordDict) -> Arrays:
-    """Return the arrays of a message.
-
-    Raises:
-        ProtocolError: The record is missing, is not one readable blob, or holds another type than
-            float32.
-    """
-    record = content.array_records.get(ARRAYS)
-    if record is None:
-        raise ProtocolError(f"record {ARRAYS!r} is missing")
-    if list(record) != [BLOB]:
-        raise ProtocolError(f"record {ARRAYS!r} has {len(record)} arrays; expected {BLOB} alone")
-    try:
-        arrays = safetensors.numpy.load(record[BLOB].data)
-    except Exception as error:  # its reader raises several kinds on foreign bytes
-        raise ProtocolError(f"record {ARRAYS!r} is not readable") from error
-    for name, value in arrays.items():
-        if value.dtype != np.float32:
-            raise ProtocolError(f"array {name!r} has dtype={value.dtype}; expected float32")
-    # The blob's alignment must not decide how later sums are vectorised.
-    return {name: np.array(value) for name, value in arrays.items()}
-
-
-def hash_arrays(arrays: Arrays) -> str:
-    """Return the SHA-256 over names, shapes and little-endian bytes, in name order."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        value = arrays[name].astype("<f4", order="C", copy=False)
-        # JSON quotes the name, so that no name can look like the end of one array and the next.
-        digest.update(json.dumps([name, value.shape]).encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()
 
 
 def _envelope(
@@ -281,8 +248,7 @@ def _envelope(
             hint="coordinator and sites run different versions of this project",
         )
     if values.keys() != kinds.keys():
-        odd = sorted(values.keys() ^ kinds.keys())
-        raise ProtocolError(f"keys {', '.join(odd)} are missing or unknown")
+        raise ProtocolError(f"keys {_odd(values, kinds)} are missing or unknown")
     for name, kind in kinds.items():
         if type(values[name]) is not kind:
             raise ProtocolError(f"{name}={values[name]!r}: expected {kind.__name__}")
@@ -294,12 +260,19 @@ def _metrics(content: RecordDict, declared: tuple[str, ...]) -> dict[str, Metric
     if record is None:
         raise ProtocolError(f"record {METRICS!r} is missing")
     if set(record) != set(declared):
-        odd = sorted(set(record) ^ set(declared))
-        raise ProtocolError(f"metrics {', '.join(odd)} are missing or not declared")
+        raise ProtocolError(f"metrics {_odd(record, declared)} are missing or not declared")
     for name, value in record.items():
         numbers = value if isinstance(value, list) else [value]
-        if name in TRAIN_METRICS and isinstance(value, list):
-            raise ProtocolError(f"metric {name!r} is a list; expected one number")
         if not all(math.isfinite(number) for number in numbers):
             raise ProtocolError(f"metric {name!r} is not finite")
+        if name in TRAIN_METRICS:
+            low, high = TRAIN_METRICS[name]
+            if isinstance(value, list) or not low <= value <= high:
+                raise ProtocolError(f"{name}={value}: expected a number from {low} to {high:g}")
     return dict(record)
+
+
+def _odd(found: Iterable[str], expected: Iterable[str]) -> str:
+    """Name what is in one of the two alone, as far as fits a line."""
+    odd = sorted(set(found) ^ set(expected))
+    return ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")

@@ -10,8 +10,10 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from strategies.arrays import ARRAYS, Arrays, hash_blob, to_record
 from strategies.evaluation import EvaluationSums
-from strategies.records import ENVELOPE, METRICS, Arrays, Reply
+from strategies.identity import sign
+from strategies.records import ENVELOPE, METRICS, Reply
 
 SITE_KEY, OTHER_KEY = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
 KEYS = {"A": SITE_KEY.public_key(), "B": OTHER_KEY.public_key()}
@@ -86,3 +88,11 @@ def with_metrics(content: RecordDict, **changes) -> RecordDict:
     metrics = {**content[METRICS], **{k.replace("_", "-"): v for k, v in changes.items()}}
     content[METRICS] = MetricRecord({k: v for k, v in metrics.items() if v is not None})
     return content
+
+
+def carrying(sent: Reply, data: bytes, key: Ed25519PrivateKey) -> RecordDict:
+    """A reply that is signed as it should be and has these bytes for arrays."""
+    content = sent.to_content(key)
+    content[ARRAYS] = to_record(data)
+    signature = sign(key, sent.signed_document(hash_blob(data)))
+    return with_envelope(content, signature=signature)

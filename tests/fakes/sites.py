@@ -11,9 +11,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Message, RecordDict
 
 from simulation.grid import LocalGrid
+from strategies.arrays import Arrays
 from strategies.evaluation import EvaluationSums
 from strategies.fedavg import FedAvg
-from strategies.records import Arrays, Instruction, Reply
+from strategies.records import Instruction, Reply
 from strategies.run_config import RunConfig
 
 SITES = ("A", "B", "C")

@@ -13,7 +13,7 @@ from client.site import Site
 from client.site_config import SiteConfig
 from medmamba.model import MedMamba
 from medmamba.weights import to_arrays
-from strategies.records import Arrays
+from strategies.arrays import Arrays
 from strategies.run_config import RunConfig
 
 TINY = {

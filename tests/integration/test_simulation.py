@@ -28,9 +28,9 @@ from server.metrics import metrics, selection_value
 from server.rounds import initial_weights
 from simulation import experiment
 from simulation.scenario import Scenario
+from strategies.arrays import hash_arrays
 from strategies.audit import AuditLog
 from strategies.evaluation import EvaluationSums
-from strategies.records import hash_arrays
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_report")]
 

@@ -30,13 +30,14 @@ from fakes.experiments import (
 from medmamba.weights import load, to_arrays
 from server.rounds import initial_weights
 from simulation import experiment
+from strategies.arrays import Arrays
 from strategies.audit import AuditLog
 from strategies.errors import QuorumError
 from strategies.evaluation import EvaluationSums
 from strategies.fedavg import FedAvg
 from strategies.files import write_atomic
 from strategies.identity import load_signing_key
-from strategies.records import Arrays, Instruction, Reply
+from strategies.records import Instruction, Reply
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_report")]
 

@@ -17,10 +17,11 @@ from client.site_config import SiteConfig
 from medmamba.model import MedMamba
 from medmamba.weights import to_arrays
 from simulation.grid import LocalGrid
+from strategies.arrays import Arrays
 from strategies.errors import ProtocolError
 from strategies.evaluation import EvaluationSums
 from strategies.identity import create_signing_key
-from strategies.records import ENVELOPE, Arrays, Instruction, Reply
+from strategies.records import ENVELOPE, Instruction, Reply
 from strategies.run_config import RunConfig
 
 SECRET = "/srv/hospital/patient-4711.dcm"

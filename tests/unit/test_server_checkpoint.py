@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load, save
 
 from server.checkpoint import State, check_shapes, load_checkpoint, save_checkpoint
+from strategies.arrays import Arrays
 from strategies.errors import CheckpointError
-from strategies.records import Arrays
 
 UUID = "a1b2"
 

@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import safetensors.numpy
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 
+from fakes.replies import carrying
 from fakes.sites import (
     CAP,
     NODES,
+    PRIVATE,
     SITES,
     Answer,
     Sites,
@@ -26,22 +28,17 @@ from fakes.sites import (
     sums,
     weights,
 )
+from strategies.arrays import ARRAYS
+from strategies.base import REASON_LENGTH
 from strategies.evaluation import EvaluationSums
-from strategies.records import ARRAYS, BLOB, ENVELOPE, METRICS
+from strategies.records import ENVELOPE, METRICS
 
 pytestmark = pytest.mark.usefixtures("poll_often")
 
 
-def with_arrays(arrays: dict[str, np.ndarray] | bytes) -> Answer:
-    """Arrays that no working site sends."""
-
-    def answer(site, message):
-        data = arrays if isinstance(arrays, bytes) else safetensors.numpy.save(arrays)
-        content = signed(site, message)
-        content[ARRAYS] = ArrayRecord({BLOB: Array("uint8", (len(data),), BLOB, data)})
-        return content
-
-    return answer
+def with_arrays(data: bytes) -> Answer:
+    """Arrays that no working site sends, signed by the site that sends them."""
+    return lambda site, message: carrying(good(site, message), data, PRIVATE[site])
 
 
 def with_metrics(**changes) -> Answer:
@@ -107,17 +104,19 @@ BAD: dict[str, tuple[Answer, str]] = {
         "arrays head.bias, stem.weight are missing or unknown (2)",
     ),
     "float64": (
-        with_arrays({"stem.weight": np.ones((2, 3))}),
+        with_arrays(safetensors.numpy.save({"stem.weight": np.ones((2, 3))})),
         "array 'stem.weight' has dtype=float64; expected float32",
     ),
     "integer-buffer": (
-        with_arrays({"num.batches.tracked": np.array([3])}),
+        with_arrays(safetensors.numpy.save({"num.batches.tracked": np.array([3])})),
         "array 'num.batches.tracked' has dtype=int64; expected float32",
     ),
     "garbage": (
         with_arrays(b"\x80\x04garbage"),
         "record 'arrays' is not readable",
     ),
+    "overflowing-loss": (with_metrics(train_loss=1.7e308), "train-loss=1.7e+308: expected a num"),
+    "too-long": (poke(1e30), "update norm=1e+30: expected at most "),
     "no-examples": (
         lambda s, m: signed(s, m, num_examples=0),
         f"num-examples=0: expected 1 to {CAP}",
@@ -208,3 +207,21 @@ def test_an_evaluation_of_the_other_split_is_dropped():
 
     outcomes = strategy().evaluate(Sites({"B": reads_test}), list(NODES), 0, weights(), "val")
     assert by_site(outcomes)["B"].reason == "task='test': expected 'val'"
+
+
+def test_what_a_stranger_writes_forges_no_line_and_fills_no_history(caplog):
+    """Reasons and names of keys are another party's text."""
+    forged = "zz\nround=5/5 sites=3/3 train_loss=0.0000\x1b[2J" + "x" * 100_000
+    for answer in (
+        with_envelope(**{forged: 1}),
+        lambda site, message: signed(
+            site, message, status="refused", reason=forged, update={}, metrics={}
+        ),
+        lambda site, message: Message(Error(3, forged), reply_to=message),
+    ):
+        caplog.clear()
+        _, outcomes = strategy().train(Sites({"B": answer}), list(NODES), 1, weights())
+        (reason,) = [o.reason for o in outcomes if o.reason and o.reason != "not connected"]
+        assert reason.isprintable()
+        assert len(reason) == REASON_LENGTH
+        assert all(record.getMessage().isprintable() for record in caplog.records)

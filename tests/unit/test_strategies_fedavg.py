@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strategies.arrays import Arrays
 from strategies.base import Strategy, weighted_mean_update
 from strategies.fedavg import FedAvg
 from strategies.fedprox import FedProx
-from strategies.records import Arrays, Reply
+from strategies.records import Reply
 from strategies.registry import STRATEGIES
 from strategies.run_config import RunConfig, StrategySection
 

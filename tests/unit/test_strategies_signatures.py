@@ -22,8 +22,9 @@ from fakes.replies import (
     with_metrics,
 )
 from simulation.grid import _over_the_wire as over_the_wire
+from strategies.arrays import ARRAYS, hash_arrays, serialise, to_record
 from strategies.errors import ProtocolError, SignatureError
-from strategies.records import ARRAYS, ENVELOPE, METRICS, Reply, hash_arrays, pack
+from strategies.records import ENVELOPE, METRICS, Reply
 
 CHANGES: dict[str, object] = {
     "federation": "heart",
@@ -90,7 +91,7 @@ def test_a_changed_metric_breaks_the_signature(name):
 )
 def test_changed_arrays_break_the_signature(change):
     content = reply().to_content(SITE_KEY)
-    content[ARRAYS] = pack(change(arrays()))
+    content[ARRAYS] = to_record(serialise(change(arrays())))
     with pytest.raises(SignatureError):
         Reply.from_content(over_the_wire(content), KEYS)
 

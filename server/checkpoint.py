@@ -34,6 +34,8 @@ class State:
         history_bytes: Length of the history at that moment.
         best_round: Round of the best weights on validation so far; 0: none judged yet.
         best_value: Their selection value, larger is better.
+        best_sites: The sites whose validation figures it comes from.
+        chosen: Whether the best weights are final; test may have been read.
         seconds: Time spent so far.
     """
 
@@ -42,6 +44,8 @@ class State:
     history_bytes: int
     best_round: int
     best_value: float | None
+    best_sites: list[str]
+    chosen: bool
     seconds: float
 
 

@@ -17,7 +17,7 @@ from medmamba.scan import active_backend
 from server.app import run_app
 from server.flower_runtime import host_run
 from server.report import write_report
-from server.rounds import Settings
+from server.rounds import Settings, check
 from server.run_directory import RunDirectory, provenance, require_new
 from strategies.errors import ConfigError
 from strategies.identity import fingerprint, read_public_keys
@@ -26,7 +26,6 @@ from strategies.run_config import (
     RunConfig,
     flatten,
     parse_assignments,
-    unflatten,
 )
 
 log = logging.getLogger(__name__)
@@ -50,6 +49,13 @@ class Request:
 def run(request: Request) -> int:
     """Host one run in the foreground, write its directory, print the result."""
     keys = read_public_keys(request.site_keys)
+    if request.resume is not None:
+        directory = RunDirectory.open(request.resume)
+        summary = directory.summary()
+        if summary is not None:  # only the report is missing
+            write_report(directory.path)
+            print(result_lines(summary, directory.path))
+            return 0
     open_directory, config, run_uuid, federation = (
         _resumed(request) if request.resume is not None else _new(request, keys)
     )
@@ -75,6 +81,7 @@ def _new(request: Request, keys: Mapping[str, Ed25519PublicKey]) -> Plan:
     assert path is not None
     require_new(path)
     config = read_run_config(request.run_config, request.assignments)
+    check(config, len(keys))
     document = {
         "run_uuid": request.run_uuid,
         "federation": request.federation,
@@ -119,7 +126,7 @@ def read_run_config(path: Path | None, assignments: list[str]) -> RunConfig:
             raise ConfigError(f"run-config={path} cannot be read ({error.strerror})") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"run-config={path} is not TOML: {error}") from error
-    return RunConfig.parse(unflatten({**values, **parse_assignments(assignments)}))
+    return RunConfig.parse({**values, **parse_assignments(assignments)})
 
 
 def result_lines(summary: Mapping[str, Any], path: Path) -> str:

@@ -42,6 +42,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
@@ -53,6 +54,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 CLAIM_SECONDS = 30.0
+RECONNECT_SECONDS = 90.0  # flower-superlink gives a run up after 60 s without a sign of life
 
 
 def superlink_command(*, port: int, secret_file: Path, database: Path) -> list[str]:
@@ -168,6 +170,8 @@ def _claim(address: str, secret: bytes, run_id: int) -> str:
 
 def _serve(address: str, token: str, run: RunConfig, main: Callable[[Grid, Context], None]) -> None:
     grid = HttpGrid(address, insecure=True, token=token)
+    # Flower's own retries never end.
+    grid._retry_invoker.max_time = RECONNECT_SECONDS
     client = grid._runtime_client
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
@@ -182,13 +186,18 @@ def _serve(address: str, token: str, run: RunConfig, main: Callable[[Grid, Conte
         context.run_config = dict(run.flatten())
         main(grid, context)
         status, details = "completed", ""
+    except (httpx.HTTPError, RunNotRunningException) as error:
+        raise FederationError(
+            f"flower-superlink at {address} stopped answering or ended the run",
+            hint="see its log, start it again, and continue with --resume",
+        ) from error
     except Exception as error:
         details = type(error).__name__
         raise
     finally:
         try:
             client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=details))
-        except httpx.HTTPError:
+        except (httpx.HTTPError, RunNotRunningException):
             log.warning("flower-superlink did not take note of the end of the run")
         heartbeat.stop()
         grid.close()

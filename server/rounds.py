@@ -18,13 +18,14 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.serverapp import Grid
 
+from medmamba.config import MedMambaConfig
 from medmamba.model import MedMamba
 from medmamba.weights import load_arrays, save, to_arrays
 from server.checkpoint import State, check_shapes, load_checkpoint, save_checkpoint
 from server.metrics import auc_interval, metrics, selection_value, worst_site
 from server.run_directory import CHECKPOINTS, MODEL, RunDirectory
 from strategies.arrays import Arrays
-from strategies.base import Outcome, Strategy
+from strategies.base import Outcome, Strategy, require_quorum
 from strategies.evaluation import EvaluationSums
 from strategies.registry import STRATEGIES
 from strategies.run_config import RunConfig
@@ -69,6 +70,17 @@ def execute(grid: Grid, run: RunConfig, settings: Settings) -> dict[str, Any]:
     return _Run(grid, run, settings).execute()
 
 
+def check(run: RunConfig, num_sites: int) -> None:
+    """Refuse what could never run, before anything is written or sent.
+
+    Raises:
+        ConfigError: A quorum of more sites than there are.
+        ModelError: Settings of the model that do not fit together.
+    """
+    require_quorum(run.strategy, num_sites)
+    MedMambaConfig.from_name(run.model.size, **run.model.architecture)
+
+
 def initial_weights(run: RunConfig) -> Arrays:
     """Return the global weights before round 1, from the run's seed."""
     torch.manual_seed(derive_seed(run.seed, "initial-weights"))
@@ -89,6 +101,8 @@ class _Run:
         )
         self.weights = initial_weights(run)
         self.best, self.best_round, self.best_value = self.weights, 0, -math.inf
+        self.best_sites: frozenset[str] = frozenset()
+        self.chosen = False
         self.first_round, self.earlier_seconds = 1, 0.0
         self.started = time.monotonic()
         self._resume()
@@ -100,17 +114,24 @@ class _Run:
             if server_round > self.first_round:
                 nodes = self.strategy.wait_for_cohort(self.grid, target=self.run.strategy.min_sites)
             self._round(server_round, nodes)
+        if not self.chosen:
+            self._choose(nodes)
+        outcomes = self.strategy.evaluate(self.grid, nodes, self.best_round, self.best, "test")
+        model = _model(self.run)
+        load_arrays(model, self.best)
+        save(model, self.directory.path / MODEL)
+        return self._summary(outcomes)
+
+    def _choose(self, nodes: Sequence[int]) -> None:
+        """Judge the last round's weights too; keep the choice before anybody reads test."""
         last = self.run.num_server_rounds
         outcomes = self.strategy.evaluate(self.grid, nodes, last, self.weights, "val")
         self._judge(last, outcomes)
         if self.best_round == 0:
             log.warning("no validation figures: the last round's weights are the result")
             self.best, self.best_round = self.weights, last
-        outcomes = self.strategy.evaluate(self.grid, nodes, self.best_round, self.best, "test")
-        model = _model(self.run)
-        load_arrays(model, self.best)
-        save(model, self.directory.path / MODEL)
-        return self._summary(outcomes)
+        self.chosen = True
+        self._save(last)
 
     def _resume(self) -> None:
         found = load_checkpoint(self.directory.path / CHECKPOINTS, self.settings.run_uuid)
@@ -122,6 +143,7 @@ class _Run:
         self.weights, self.best = weights, best
         self.best_round = state.best_round
         self.best_value = -math.inf if state.best_value is None else state.best_value
+        self.best_sites, self.chosen = frozenset(state.best_sites), state.chosen
         self.first_round, self.earlier_seconds = state.server_round + 1, state.seconds
         self.directory.cut_history(state.history_bytes)
         log.info("resumed after round=%d run_uuid=%s", state.server_round, state.run_uuid)
@@ -135,19 +157,28 @@ class _Run:
         self.weights = weights
         seconds = time.monotonic() - began
         self._record_round(server_round, outcomes, seconds)
+        self._save(server_round)
+        self.settings.on_round(server_round)
+
+    def _save(self, server_round: int) -> None:
         state = State(
             run_uuid=self.settings.run_uuid,
             server_round=server_round,
             history_bytes=self.directory.history_bytes(),
             best_round=self.best_round,
             best_value=self.best_value if math.isfinite(self.best_value) else None,
+            best_sites=sorted(self.best_sites),
+            chosen=self.chosen,
             seconds=self._seconds(),
         )
         save_checkpoint(self.directory.path / CHECKPOINTS, state, self.weights, self.best)
-        self.settings.on_round(server_round)
 
     def _judge(self, server_round: int, outcomes: Sequence[Outcome]) -> None:
-        """Record validation figures of the current weights and keep them if they are the best."""
+        """Record validation figures of the current weights and keep them if they are the best.
+
+        Figures of different sites do not compare: a round that more sites judged goes before one
+        that fewer did, and one that misses a site of the best never wins.
+        """
         sums = _sums_by_site(outcomes)
         pooled = metrics(_pool(sums, self.run.model.num_classes))
         self.directory.append(
@@ -159,9 +190,21 @@ class _Run:
                 "sites": {site: metrics(part) for site, part in sums.items()},
             }
         )
+        if server_round == 0:
+            return
         value = selection_value(pooled, self.run.strategy.selection_metric)
-        if server_round > 0 and value > self.best_value:
+        sites = frozenset(sums)
+        missing = self.best_sites - sites
+        if missing:
+            log.warning(
+                "round=%d is not compared with round=%d: validation figures of %s are missing",
+                server_round,
+                self.best_round,
+                ", ".join(sorted(missing)),
+            )
+        elif value > (self.best_value if sites == self.best_sites else -math.inf):
             self.best, self.best_round, self.best_value = self.weights, server_round, value
+            self.best_sites = sites
 
     def _record_round(self, server_round: int, outcomes: Sequence[Outcome], seconds: float) -> None:
         replies = {o.site: o.reply for o in outcomes if o.reply is not None}

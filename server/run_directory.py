@@ -21,7 +21,7 @@ from strategies.errors import CheckpointError, ConfigError
 from strategies.files import append_line, write_atomic
 
 CONFIG, HISTORY, SUMMARY, LOG = "config.json", "history.jsonl", "summary.json", "log.txt"
-MODEL, CHECKPOINTS = "model.safetensors", "checkpoints"
+MODEL, REPORT, CHECKPOINTS = "model.safetensors", "report.html", "checkpoints"
 T = TypeVar("T")
 PACKAGES = ("medmamba-federation", "flwr", "torch", "monai", "numpy", "safetensors")
 
@@ -57,9 +57,13 @@ class RunDirectory:
         """
         directory = cls(path)
         directory.config()
-        if (path / SUMMARY).exists():
-            raise CheckpointError(f"resume={path} is complete", hint="its report.html has all")
+        if (path / SUMMARY).exists() and (path / REPORT).exists():
+            raise CheckpointError(f"resume={path} is complete", hint=f"its {REPORT} has all")
         return directory
+
+    def summary(self) -> dict[str, Any] | None:
+        """Return the final figures; None while the run is not finished."""
+        return read_json(self.path / SUMMARY) if (self.path / SUMMARY).exists() else None
 
     def config(self) -> dict[str, Any]:
         """Read ``config.json``.

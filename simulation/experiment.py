@@ -26,7 +26,7 @@ from client.train import batches
 from medmamba.scan import active_backend
 from server.app import run_app
 from server.report import write_report
-from server.rounds import Settings
+from server.rounds import Settings, check
 from server.run_directory import SUMMARY, RunDirectory, provenance, read_json, to_json
 from simulation.grid import RUN_ID, SERVER_NODE_ID, Fault, LocalGrid, no_fault
 from simulation.partition import describe, partition, site_names
@@ -68,6 +68,7 @@ def prepare(scenario: Scenario) -> Data:
             f"{classes} classes",
             hint=f"--set model.num-classes={classes}",
         )
+    check(run, federation.num_sites)
     model = run.model
     require_fit(dataset.images, model.image_size, model.in_channels, model.small_images)
     return Data(dataset, partition(dataset, federation, run.seed))

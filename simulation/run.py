@@ -55,6 +55,7 @@ def command(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code."""
     options = parser().parse_args(arguments)
     from server.command import result_lines
+    from server.report import write_report
     from server.run_directory import RunDirectory, require_new
     from simulation import experiment
     from simulation.scenario import parse_scenario, read_scenario
@@ -67,6 +68,11 @@ def command(arguments: Sequence[str]) -> int:
                 hint="leave the other options out",
             )
         directory = RunDirectory.open(options.resume)
+        summary = directory.summary()
+        if summary is not None:  # only the report is missing
+            write_report(directory.path)
+            print(result_lines(summary, directory.path))
+            return 0
         scenario = parse_scenario(
             {
                 **flatten(directory.stored("scenario", dict)),

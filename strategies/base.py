@@ -23,10 +23,10 @@ from flwr.serverapp import Grid
 
 from strategies.arrays import Arrays
 from strategies.cli import one_line
-from strategies.errors import FederationError, ProtocolError, QuorumError
+from strategies.errors import ConfigError, FederationError, ProtocolError, QuorumError
 from strategies.evaluation import EvaluationSums
 from strategies.records import Instruction, Reply
-from strategies.run_config import RunConfig
+from strategies.run_config import RunConfig, StrategySection
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +78,7 @@ class Strategy(ABC):
         run_uuid: str,
         site_keys: Mapping[str, Ed25519PublicKey],
     ) -> None:
-        if len(site_keys) < config.strategy.min_sites:
-            raise QuorumError(
-                f"strategy.min-sites={config.strategy.min_sites} but only {len(site_keys)} sites "
-                "are admitted",
-                hint="admit more sites or lower strategy.min-sites",
-            )
+        require_quorum(config.strategy, len(site_keys))
         self.config = config
         self.federation = federation
         self.run_uuid = run_uuid
@@ -274,6 +269,19 @@ class Strategy(ABC):
                 f"num-examples={reply.num_examples} but {sums.num_examples} were evaluated"
             )
         return sums
+
+
+def require_quorum(settings: StrategySection, num_sites: int) -> None:
+    """Refuse a quorum that the admitted sites can never reach.
+
+    Raises:
+        ConfigError: With both numbers.
+    """
+    if num_sites < settings.min_sites:
+        raise ConfigError(
+            f"strategy.min-sites={settings.min_sites}: only {num_sites} sites are admitted",
+            hint="admit more sites or lower strategy.min-sites",
+        )
 
 
 def weighted_mean_update(weights: Arrays, replies: Sequence[Reply]) -> Arrays:

@@ -239,6 +239,17 @@ def test_labels_outside_the_declared_classes(refused, own):
     assert "label=5 in 2 examples expected 0..1 for the 2 declared classes" in result.error
 
 
+def test_a_model_that_cannot_be_built(refused):
+    error = refused("--set", "model.depths=1,1,1,1", "--set", "model.dims=16,20,64,128").error
+    assert "dims" in error
+
+
+def test_a_table_is_not_a_number(refused):
+    assert refused("--set", "model=3", "--set", "model.size=nano").error == (
+        "error: unknown key model=3"
+    )
+
+
 def test_another_number_of_classes_than_the_models(refused, own):
     _, scenario = own()
     result = refused("--scenario", scenario, "--set", "model.num-classes=3")
@@ -360,8 +371,18 @@ def test_an_interrupted_run_can_be_resumed(run, directory):
     assert (directory / "summary.json").exists()
 
 
+def test_a_finished_run_without_its_report_gets_it(run, directory):
+    assert run("--resume", directory).code == 0
+    report = directory / "report.html"
+    before = report.read_text()
+    report.unlink()
+    assert run("--resume", directory).code == 0
+    assert report.read_text() == before
+
+
 def test_a_finished_run_is_not_resumed(not_resumed, directory):
     RunDirectory(directory).write_summary({})
+    (directory / "report.html").write_text("<html>")
     result = not_resumed(directory)
     assert result.error == f"error: resume={directory} is complete"
 

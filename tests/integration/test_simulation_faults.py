@@ -192,7 +192,34 @@ def test_fewer_than_the_quorum_end_the_run_and_it_can_be_resumed(finished, tmp_p
     assert untimed(history(path)) == untimed(history(finished))
 
 
+def test_a_round_that_fewer_sites_judged_is_never_chosen(finished, tmp_path, caplog):
+    """Validation figures of different sites do not compare."""
+    assert json.loads((finished / "summary.json").read_text())["best_round"] == ROUNDS
+    silent = at("C", ROUNDS, task="val")
+    summary = start(
+        tmp_path / "run",
+        make_scenario(),
+        fault=lambda site, message: "lose" if silent(site, message) else "deliver",
+    )
+    assert summary["best_round"] == ROUNDS - 1
+    assert set(summary["sites"]) == set(SITES)
+    assert "round=2 is not compared with round=1: validation figures of C are" in caplog.text
+
+
 # --- interrupted
+
+
+def test_the_choice_outlives_the_process(finished, tmp_path):
+    """Test may have been read for it, so it is not made again."""
+    path = tmp_path / "run"
+    training, validation = ROUNDS * len(SITES), len(SITES)
+    with pytest.raises(Killed):
+        start(path, make_scenario(), on_reply=kill_after(training + validation + 1))
+    asked = []
+    resume(path, on_reply=asked.append)
+    assert asked == list(SITES)  # for test, and nothing else
+    assert model_bytes(path) == model_bytes(finished)
+    assert untimed(history(path)) == untimed(history(finished))
 
 
 @pytest.mark.parametrize(

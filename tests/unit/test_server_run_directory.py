@@ -15,6 +15,7 @@ from server.run_directory import (
     HISTORY,
     LOG,
     PACKAGES,
+    REPORT,
     SUMMARY,
     RunDirectory,
     provenance,
@@ -76,9 +77,23 @@ def test_what_is_no_run_directory_is_refused(tmp_path, content):
 
 def test_a_complete_run_is_not_resumed(directory):
     directory.write_summary({"best_round": 3})
+    (directory.path / REPORT).write_text("<html>")
     with pytest.raises(CheckpointError, match=r"^resume=.* is complete$") as caught:
         RunDirectory.open(directory.path)
     assert caught.value.hint == "its report.html has all"
+
+
+def test_a_run_whose_report_failed_can_be_opened_for_it(directory):
+    assert directory.summary() is None
+    directory.write_summary({"best_round": 3})
+    assert RunDirectory.open(directory.path).summary() == {"best_round": 3}
+
+
+def test_a_value_of_another_kind_is_named(directory):
+    assert directory.stored("run_uuid", str) == "a1b2"
+    for name, kind in (("run_uuid", dict), ("scenario", dict)):
+        with pytest.raises(CheckpointError, match=rf"config\.json has no {name}: dict expected"):
+            directory.stored(name, kind)
 
 
 def test_history_grows_by_lines(directory):

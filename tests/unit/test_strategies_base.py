@@ -24,7 +24,7 @@ from fakes.sites import (
 )
 from medmamba import MedMamba
 from medmamba.weights import to_arrays
-from strategies.errors import FederationError, QuorumError
+from strategies.errors import ConfigError, FederationError, QuorumError
 from strategies.evaluation import EvaluationSums
 from strategies.records import Instruction
 
@@ -144,9 +144,9 @@ def test_the_quorum_is_exact():
 
 
 def test_a_quorum_that_can_never_be_met_is_refused_at_the_start():
-    with pytest.raises(QuorumError) as caught:
+    with pytest.raises(ConfigError) as caught:
         strategy(sites="AB", min_sites=3)
-    assert str(caught.value) == "strategy.min-sites=3 but only 2 sites are admitted"
+    assert str(caught.value) == "strategy.min-sites=3: only 2 sites are admitted"
     assert caught.value.hint == "admit more sites or lower strategy.min-sites"
 
 

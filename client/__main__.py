@@ -50,7 +50,14 @@ def parser() -> cli.Parser:
         help="connect without TLS; refused unless the coordinator is on this machine (loopback)",
     )
     commands = main.add_subparsers(dest="command", metavar="COMMAND")
-    _add(commands, "init", [common], "make the site's file, signing key and public key", "--site A")
+    init = _add(
+        commands, "init", [common], "make the site's file, signing key and public key", "--site A"
+    )
+    init.add_argument(
+        "--allow-unprotected",
+        action="store_true",
+        help="write a file that admits runs without differential privacy and encryption",
+    )
     audit = _add(commands, "audit", [common], "look at the site's audit log", "--site A --verify")
     audit.add_argument("--verify", action="store_true", help="check the hash chain")
     return main
@@ -78,16 +85,16 @@ def command(arguments: Sequence[str]) -> int:
 
     path = site_file(site, getattr(options, "config", None))
     if options.command == "init":
-        return _init(site, path)
+        return _init(site, path, unprotected=options.allow_unprotected)
     if options.command == "audit":
         return _audit(site, path, verify=options.verify)
     return _run(site, path, insecure=options.insecure)
 
 
-def _init(site: str, path: Path) -> int:
+def _init(site: str, path: Path, *, unprotected: bool) -> int:
     from client.enrol import initialise
 
-    print(initialise(site, path))
+    print(initialise(site, path, unprotected=unprotected))
     return 0
 
 
@@ -97,7 +104,8 @@ def _audit(site: str, path: Path, *, verify: bool) -> int:
 
     log = AuditLog(_named(read_site_config(path), site).state_dir / "audit.jsonl")
     if verify:
-        print(f"audit log intact entries={log.verify()}")
+        entries, head = log.verify()
+        print(f"audit log intact entries={entries} head={head}")
     elif log.path.exists():
         print(log.path.read_text(), end="")
     return 0
@@ -128,11 +136,13 @@ def _run(site: str, path: Path, *, insecure: bool) -> int:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     runtime = Site(config, lambda: load(config.data, [site]))
-    # What can fail is tried before anybody relies on this site: key, data, device.
+    # What can fail is tried before anybody relies on this site: key, log, data, device.
+    fingerprint = runtime.key_fingerprint
+    runtime.audit.verify()
     counts = runtime.class_counts()
     print(
         f"site={site} dataset={config.run_dataset} training_examples={counts.sum()} "
-        f"device={runtime.device.type} public_key={runtime.key_fingerprint}"
+        f"device={runtime.device.type} public_key={fingerprint}"
     )
     run_node(runtime)
     return 0

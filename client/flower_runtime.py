@@ -10,6 +10,7 @@ All private Flower names of this package are in this file (checked against flwr 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import logging
 import os
 import secrets
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -33,6 +34,7 @@ from flwr.supercore.interceptors import (
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
@@ -45,6 +47,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10
+PATIENCE_SECONDS = 10
 ERROR_CODE_CLIENT_APP = 2  # Flower's own code for an exception in a ClientApp
 
 
@@ -52,10 +55,15 @@ def run_node(site: Site) -> None:
     """Connect the site and answer instructions until the process is told to stop.
 
     Raises:
-        ConfigError: Flower is not installed beside this Python.
+        ConfigError: Flower is not installed beside this Python, or the site is running already.
         FederationError: The SuperNode ended without being asked to.
     """
     register(site)
+    with _alone(site.config.state_dir):
+        _serve(site)
+
+
+def _serve(site: Site) -> None:
     secret = secrets.token_bytes(32)
     secret_file = site.config.state_dir / "executor.secret"
     write_atomic(secret_file, secret, mode=0o600)
@@ -76,10 +84,12 @@ def run_node(site: Site) -> None:
             ],
         )
         request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+        connection = _Connection(site, node_log)
         while node.poll() is None:
+            connection.tell()
             try:
                 claim = client.AcquireTask(request)
-            except httpx.TransportError:  # the SuperNode is still starting, or just ended
+            except httpx.HTTPError:  # the SuperNode is still starting, busy, or just ended
                 time.sleep(POLL_SECONDS)
                 continue
             if claim.token:
@@ -119,13 +129,57 @@ def _execute(site: Site, port: int, token: str) -> None:
             details = type(error).__name__
             reply = Message(Error(ERROR_CODE_CLIENT_APP, details), reply_to=message)
         push_message(client, reply, context)
-    except httpx.HTTPError:
+    except (Exception, RunNotRunningException) as error:
         # The run was stopped or the link is down: the next task is asked for as usual.
-        log.warning("site=%s reply not delivered", site.name, exc_info=True)
+        log.warning("site=%s reply not delivered: %s", site.name, type(error).__name__)
+        log.debug("traceback", exc_info=True)
     finally:
-        push_task_output(client, context, status, details)
+        with suppress(httpx.HTTPError, RunNotRunningException):
+            push_task_output(client, context, status, details)
         heartbeat.stop()
         client.close()
+
+
+class _Connection:
+    """Tells once that the SuperNode reached the coordinator, or that it has not for a while."""
+
+    def __init__(self, site: Site, node_log: Path) -> None:
+        self._site, self._log = site, node_log
+        self._connected = self._warned = False
+        self._started = time.monotonic()
+
+    def tell(self) -> None:
+        """Look at the SuperNode's log and say what has changed."""
+        if self._connected:
+            return
+        if "SuperNode ID" in self._log.read_text(errors="replace"):
+            self._connected = True
+            log.info("site=%s connected", self._site.name)
+        elif not self._warned and time.monotonic() - self._started > PATIENCE_SECONDS:
+            self._warned = True
+            log.warning(
+                "site=%s superlink=%s does not answer yet; still trying",
+                self._site.name,
+                self._site.config.superlink,
+            )
+
+
+@contextmanager
+def _alone(state_dir: Path) -> Generator[None]:
+    """Hold the site's state for this process alone.
+
+    Raises:
+        ConfigError: Another process holds it.
+    """
+    with (state_dir / "node.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"state-dir={state_dir} is in use: this site is running already",
+                hint="stop the other `python -m client` first",
+            ) from None
+        yield
 
 
 @contextmanager

@@ -37,6 +37,18 @@ def check_run(site: SiteConfig, run: RunConfig, instruction: Instruction) -> Non
             "image-too-large",
             f"model.image-size={run.model.image_size}; limit {limits.max_image_size}",
         )
+    positions = (run.model.image_size // run.model.patch_size) ** 2
+    if positions > limits.max_positions:
+        _refuse(
+            "too-much-work",
+            f"model.image-size={run.model.image_size} with model.patch-size={run.model.patch_size} "
+            f"has {positions} positions; limit {limits.max_positions}",
+        )
+    if run.training.batch_size > limits.max_batch_size:
+        _refuse(
+            "too-much-work",
+            f"training.batch-size={run.training.batch_size}; limit {limits.max_batch_size}",
+        )
     if run.training.local_epochs > limits.max_local_epochs:
         _refuse(
             "too-much-work",

@@ -23,13 +23,14 @@ from client.data.transforms import prepare
 from client.site_config import SiteConfig
 from strategies.audit import AuditLog
 from strategies.errors import ConfigError, RefusalError
-from strategies.files import write_atomic
+from strategies.files import make_folder, write_atomic
 from strategies.identity import fingerprint, load_signing_key
 from strategies.run_config import ModelSection
 
 log = logging.getLogger(__name__)
 
 SIGNING_KEY = "signing.key"
+AUDIT_LOG = "audit.jsonl"
 TEST_READS = "test-reads.json"
 
 
@@ -57,10 +58,11 @@ class Site:
 
     config: SiteConfig
     load: Callable[[], ImageDataset]
-    _splits: dict[tuple[object, ...], Split] = field(default_factory=dict, repr=False)
+    _shape: tuple[object, ...] = field(default=(), repr=False)
+    _splits: dict[str, Split] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.config.state_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(self.config.state_dir, secret=True)
 
     @property
     def name(self) -> str:
@@ -80,7 +82,7 @@ class Site:
     @cached_property
     def audit(self) -> AuditLog:
         """The site's tamper-evident log."""
-        return AuditLog(self.config.state_dir / "audit.jsonl")
+        return AuditLog(self.config.state_dir / AUDIT_LOG)
 
     @cached_property
     def device(self) -> torch.device:
@@ -105,9 +107,12 @@ class Site:
         return self.dataset.manifest.class_counts("train")
 
     def split(self, name: str, model: ModelSection) -> Split:
-        """Return a split prepared for the run's input shape; prepared once and kept."""
-        key = (name, model.image_size, model.in_channels, model.small_images)
-        if key not in self._splits:
+        """Return a split prepared for the run's input shape; kept until another shape is asked."""
+        shape = (model.image_size, model.in_channels, model.small_images)
+        if shape != self._shape:
+            self._shape = shape
+            self._splits.clear()
+        if name not in self._splits:
             part = self.dataset.subset(self.dataset.manifest.rows(split=name))
             images = prepare(
                 part.images,
@@ -115,8 +120,8 @@ class Site:
                 in_channels=model.in_channels,
                 small_images=model.small_images,
             )
-            self._splits[key] = Split(images, torch.tensor(part.manifest.labels))
-        return self._splits[key]
+            self._splits[name] = Split(images, torch.tensor(part.manifest.labels))
+        return self._splits[name]
 
     def read_test_once(self, run_uuid: str, weights_hash: str) -> None:
         """Record that a run reads this site's test split, and refuse a second model's reading.

@@ -44,8 +44,15 @@ class Limits(Section):
     max_local_steps: Annotated[int, Field(gt=0)] = Field(
         default=10_000, description="most optimiser steps a round"
     )
+    max_batch_size: Annotated[int, Field(gt=0)] = Field(
+        default=1024, description="most examples a step"
+    )
     max_image_size: Annotated[int, Field(gt=0)] = Field(
         default=512, description="largest input, pixels"
+    )
+    max_positions: Annotated[int, Field(gt=0)] = Field(
+        default=128 * 128,
+        description="most positions of the first stage, (image-size / patch-size) squared",
     )
 
 
@@ -74,6 +81,8 @@ class SiteConfig(Section):
     @classmethod
     def _host_and_port(cls, value: str) -> str:
         host, separator, port = value.rpartition(":")
+        if "/" in value:
+            raise ValueError("expected host:port without http:// or a path")
         if not (separator and host and port.isdecimal() and 0 < int(port) < 65536):
             raise ValueError("expected host:port, such as 127.0.0.1:8000")
         return value

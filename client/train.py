@@ -113,8 +113,11 @@ def train(site: Site, run: RunConfig, server_round: int, weights: Arrays) -> Tra
         seen += len(rows)
         steps += 1
     local = to_arrays(model)
+    update = {name: local[name] - weights[name] for name in weights}
+    if not all(np.isfinite(value).all() for value in update.values()):
+        raise RefusalError("loss-not-finite", "training stopped: the weights are not finite")
     return TrainResult(
-        update={name: local[name] - weights[name] for name in weights},
+        update=update,
         num_examples=num_examples,
         num_steps=steps,
         loss=loss_sum / seen,

@@ -9,10 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from medmamba import scan, weights
     from medmamba.config import SIZES, MedMambaConfig, ModelError
     from medmamba.model import MedMamba, no_weight_decay
 
-__all__ = ["SIZES", "MedMamba", "MedMambaConfig", "ModelError", "no_weight_decay"]
+__all__ = [
+    "SIZES",
+    "MedMamba",
+    "MedMambaConfig",
+    "ModelError",
+    "no_weight_decay",
+]
 
 _HOME = {
     "SIZES": "medmamba.config",
@@ -24,6 +31,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("scan", "weights"):
+        return import_module(f"medmamba.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -101,10 +101,10 @@ def command(arguments: Sequence[str]) -> int:
 
 def _superlink(options: argparse.Namespace) -> int:
     from server.flower_runtime import superlink_command
-    from strategies.files import write_atomic
+    from strategies.files import make_folder, write_atomic
 
     state: Path = options.state_dir
-    state.mkdir(parents=True, exist_ok=True)
+    make_folder(state, secret=True)
     secret = state / SECRET
     if not secret.exists():
         write_atomic(secret, secrets.token_bytes(32), mode=0o600)

@@ -63,7 +63,7 @@ def run(request: Request) -> int:
     def main(grid: Grid, context: Context) -> None:
         # Only now is there something to keep: flower-superlink has taken the run.
         directory = open_directory()
-        with directory.logging():
+        with directory.session():
             summary = run_app(grid, context, Settings(directory, federation, run_uuid, keys))
         directory.write_summary(summary)
         write_report(directory.path)

@@ -7,6 +7,7 @@ only paths in it are those a person typed, in ``config.json``; the report shows 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from strategies.files import append_line, write_atomic
 
 CONFIG, HISTORY, SUMMARY, LOG = "config.json", "history.jsonl", "summary.json", "log.txt"
 MODEL, REPORT, CHECKPOINTS = "model.safetensors", "report.html", "checkpoints"
+LOCK = ".lock"
 T = TypeVar("T")
 PACKAGES = ("medmamba-federation", "flwr", "torch", "monai", "numpy", "safetensors")
 
@@ -97,7 +99,16 @@ class RunDirectory:
         return path.stat().st_size if path.exists() else 0
 
     def cut_history(self, length: int) -> None:
-        """Drop what was written after the checkpoint that is resumed."""
+        """Drop what was written after the checkpoint that is resumed.
+
+        Raises:
+            CheckpointError: The history is shorter than it was at the checkpoint.
+        """
+        if self.history_bytes() < length:
+            raise CheckpointError(
+                f"{self.path / HISTORY} is cut short or missing",
+                hint="restore it, or start a new run",
+            )
         if self.history_bytes() > length:
             os.truncate(self.path / HISTORY, length)
 
@@ -106,8 +117,30 @@ class RunDirectory:
         write_atomic(self.path / SUMMARY, to_json(summary))
 
     @contextmanager
-    def logging(self) -> Generator[None]:
-        """Write log lines into the directory's ``log.txt`` too."""
+    def session(self) -> Generator[None]:
+        """Hold the directory for this process alone, and write log lines into its ``log.txt`` too.
+
+        Raises:
+            CheckpointError: Its folder of checkpoints is gone.
+            ConfigError: Another process is at work in it.
+        """
+        if not (self.path / CHECKPOINTS).is_dir():
+            raise CheckpointError(
+                f"{self.path / CHECKPOINTS} is missing", hint="restore it, or start a new run"
+            )
+        with (self.path / LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"output={self.path} is in use by another process",
+                    hint="wait for it or stop it first",
+                ) from None
+            with self._logging():
+                yield
+
+    @contextmanager
+    def _logging(self) -> Generator[None]:
         handler = logging.FileHandler(self.path / LOG, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         root = logging.getLogger()
@@ -125,6 +158,9 @@ def require_new(path: Path) -> None:
     Raises:
         ConfigError: It exists.
     """
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ConfigError(f"output={path} cannot be made: {above} is not a folder to write in")
     if path.exists():
         raise ConfigError(
             f"output={path} exists; a run never writes into an existing directory",

@@ -31,7 +31,7 @@ from server.run_directory import SUMMARY, RunDirectory, provenance, read_json, t
 from simulation.grid import RUN_ID, SERVER_NODE_ID, Fault, LocalGrid, no_fault
 from simulation.partition import describe, partition, site_names
 from simulation.scenario import Scenario
-from strategies.errors import ConfigError
+from strategies.errors import CheckpointError, ConfigError
 from strategies.files import write_atomic
 from strategies.identity import create_signing_key
 from strategies.run_config import RunConfig
@@ -80,12 +80,13 @@ def num_messages(scenario: Scenario) -> int:
     return each * (scenario.federation.num_sites + len(scenario.federation.baselines))
 
 
-def create(path: Path, scenario: Scenario, run_uuid: str) -> RunDirectory:
+def create(path: Path, scenario: Scenario, data: Data, run_uuid: str) -> RunDirectory:
     """Make the run directory of a new experiment."""
-    return RunDirectory.create(
+    directory = RunDirectory.create(
         path,
         {
             "run_uuid": run_uuid,
+            "data": _identity(data),
             "federation": FEDERATION,
             "scenario": scenario.model_dump(mode="json", by_alias=True, exclude={"run"}),
             "run_config": scenario.run.model_dump(by_alias=True),
@@ -99,6 +100,13 @@ def create(path: Path, scenario: Scenario, run_uuid: str) -> RunDirectory:
             },
         },
     )
+    write_atomic(path / PARTITION, to_json(describe(data.parts, scenario.federation)))
+    return directory
+
+
+def _identity(data: Data) -> dict[str, Any]:
+    """Return what says whether images, labels and splits are the same, and from which file."""
+    return {"manifest_sha256": data.dataset.manifest.fingerprint(), **data.dataset.provenance}
 
 
 def execute(
@@ -120,15 +128,24 @@ def execute(
 
     Returns:
         The content of ``summary.json``.
+
+    Raises:
+        CheckpointError: The data are not those the experiment began with.
     """
-    config = directory.config()
-    write_atomic(directory.path / PARTITION, to_json(describe(data.parts, scenario.federation)))
+    run_uuid, began_with = directory.stored("run_uuid", str), directory.stored("data", dict)
+    identity = _identity(data)
+    if identity != began_with:
+        raise CheckpointError(
+            f"dataset={scenario.data.dataset}: not the data that this run began with",
+            hint="restore them, or start a new run",
+        )
+    log.info("data %s", " ".join(f"{name}={value}" for name, value in identity.items()))
     summary = _federate(
-        directory, scenario.run, data.parts, config["run_uuid"], fault=fault, on_reply=on_reply
+        directory, scenario.run, data.parts, run_uuid, fault=fault, on_reply=on_reply
     )
     if "pooled" in scenario.federation.baselines:
         summary["baselines"] = {
-            "pooled": _pooled_training(directory, scenario, data, config["run_uuid"], on_reply)
+            "pooled": _pooled_training(directory, scenario, data, run_uuid, on_reply)
         }
     directory.write_summary(summary)
     write_report(directory.path)
@@ -181,7 +198,9 @@ def _site(name: str, part: ImageDataset, run_dir: Path, run: RunConfig) -> Site:
         allowed_sizes=("nano", "tiny", "small", "base", "custom"),
         max_local_epochs=run.training.local_epochs,
         max_local_steps=max(run.training.local_steps, 1),
+        max_batch_size=run.training.batch_size,
         max_image_size=run.model.image_size,
+        max_positions=run.model.image_size**2,
     )  # pyright: ignore[reportCallIssue]
     config = SiteConfig(
         site=name,
@@ -193,6 +212,7 @@ def _site(name: str, part: ImageDataset, run_dir: Path, run: RunConfig) -> Site:
     )  # pyright: ignore[reportCallIssue]
     site = Site(config, lambda: part)
     create_signing_key(config.state_dir / SIGNING_KEY)
+    site.audit.create()
     return site
 
 

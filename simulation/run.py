@@ -88,11 +88,11 @@ def command(arguments: Sequence[str]) -> int:
         path = options.output or Path("runs") / f"{Path(name).stem}-{stamp}"
         require_new(path)
         data = experiment.prepare(scenario)
-        directory = experiment.create(path, scenario, uuid.uuid4().hex)
+        directory = experiment.create(path, scenario, data, uuid.uuid4().hex)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_server_lines)
     with (
-        directory.logging(),
+        directory.session(),
         cli.progress() as bar,
     ):
         task = bar.add_task("training", total=experiment.num_messages(scenario))

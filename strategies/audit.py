@@ -39,29 +39,27 @@ class AuditLog:
             The new entry's hash: the head of the chain.
 
         Raises:
-            FederationError: The log's last line is damaged. Nothing is written then.
+            FederationError: The log is missing or its last line damaged. Nothing is written then.
         """
         with self._locked():
-            index, previous = self._head()
-            entry: dict[str, object] = {
-                "index": index,
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "event": event,
-                "fields": fields,
-                "previous": previous,
-            }
-            entry["hash"] = hashlib.sha256(canonical(entry)).hexdigest()
-            append_line(self.path, _line(entry).decode().rstrip())
-            return str(entry["hash"])
+            return self._write(*self._head(), event, fields)
 
-    def verify(self) -> int:
+    def create(self) -> None:
+        """Begin the log with its first entry; an existing one stays as it is."""
+        with self._locked():
+            if not self.path.exists():
+                self._write(0, FIRST, "created", {})
+
+    def verify(self) -> tuple[int, str]:
         """Check the whole chain.
 
         Returns:
-            The number of entries.
+            The number of entries and the last one's hash, which whoever keeps it elsewhere can
+            compare: a cut end is not visible otherwise.
 
         Raises:
-            FederationError: The first line that was edited, removed or reordered.
+            FederationError: The log is missing, or the first line that was edited, removed or
+                reordered.
         """
         previous = FIRST
         count = 0
@@ -75,7 +73,29 @@ class AuditLog:
                 )
             previous = str(entry["hash"])
             count += 1
-        return count
+        if not count:
+            raise self._missing()
+        return count, previous
+
+    def _write(
+        self, index: int, previous: str, event: str, fields: Mapping[str, str | int | float | bool]
+    ) -> str:
+        entry: dict[str, object] = {
+            "index": index,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "event": event,
+            "fields": fields,
+            "previous": previous,
+        }
+        entry["hash"] = hashlib.sha256(canonical(entry)).hexdigest()
+        append_line(self.path, _line(entry).decode().rstrip())
+        return str(entry["hash"])
+
+    def _missing(self) -> FederationError:
+        return FederationError(
+            f"audit log {self.path.name} is missing or empty",
+            hint="restore it from a backup; `python -m client init` begins the log of a new site",
+        )
 
     def _head(self) -> tuple[int, str]:
         """Return the next index and the hash it must point to, from the last line alone."""
@@ -84,7 +104,7 @@ class AuditLog:
         for number, last in enumerate(self._lines(), start=1):  # noqa: B007
             pass
         if last is None:
-            return 0, FIRST
+            raise self._missing()
         entry = _parse(last, number, self.path.name)
         return int(str(entry["index"])) + 1, str(entry["hash"])
 
@@ -115,6 +135,11 @@ def _parse(line: bytes, number: int, name: str) -> dict[str, object]:
         complete = {"index", "previous", "event", "fields", "time"} <= entry.keys()
     except (ValueError, KeyError, AttributeError, TypeError):
         intact, complete, entry, claimed = False, False, {}, ""
+    if not line.endswith(b"\n"):
+        raise FederationError(
+            f"audit log {name} line {number}: incomplete, as after a power failure",
+            hint="keep a copy, remove that line, check with `python -m client audit --verify`",
+        )
     if not (intact and complete):
         raise FederationError(
             f"audit log {name} line {number}: content and hash do not agree",

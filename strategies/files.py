@@ -9,6 +9,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from strategies.errors import ConfigError
+
 
 def write_atomic(path: Path, content: bytes | str, *, mode: int = 0o644) -> None:
     """Write ``content`` to ``path``: a temporary file beside it, fsync, rename, fsync the folder.
@@ -31,6 +33,22 @@ def write_atomic(path: Path, content: bytes | str, *, mode: int = 0o644) -> None
         Path(name).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def make_folder(path: Path, *, secret: bool = False) -> None:
+    """Make a folder and those above it where they are missing.
+
+    Args:
+        path: The folder.
+        secret: Make it readable for its owner alone.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700 if secret else 0o777)
+    except OSError as error:
+        raise ConfigError(f"folder {path} cannot be made ({error.strerror})") from error
 
 
 def append_line(path: Path, line: str) -> None:

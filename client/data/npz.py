@@ -125,6 +125,8 @@ def _images(
         array.ndim == 3 or (array.ndim == 4 and array.shape[3] == 3)
     ):
         raise DataError(f"{found} expected uint8 (n, h, w) or (n, h, w, 3)", _EXPORT_HINT)
+    if 0 in array.shape[1:3]:
+        raise DataError(f"{found} expected images of at least one pixel", _EXPORT_HINT)
     if channels is not None and channels != (1 if array.ndim == 3 else 3):
         kind = "grey (n, h, w)" if channels == 1 else "RGB (n, h, w, 3)"
         raise DataError(f"{found} expected {kind} images", "get the official file")

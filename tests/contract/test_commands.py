@@ -26,7 +26,7 @@ SITE = ["--config VALUE", "--debug", "--help", "--site VALUE"]
 SURFACE = {
     "python -m client": [*SITE, "--insecure"],
     "python -m client audit": [*SITE, "--verify"],
-    "python -m client init": SITE,
+    "python -m client init": ["--allow-unprotected", *SITE],
     "python -m server": ["--help"],
     "python -m server run": [
         *SERVER,

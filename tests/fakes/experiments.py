@@ -68,8 +68,8 @@ def start(
     on_reply: OnReply = lambda site: None,
     data: experiment.Data | None = None,
 ) -> dict[str, Any]:
-    directory = experiment.create(path, scenario, UUID)
     data = experiment.prepare(scenario) if data is None else data
+    directory = experiment.create(path, scenario, data, UUID)
     return experiment.execute(directory, scenario, data, fault=fault, on_reply=on_reply)
 
 

@@ -302,7 +302,7 @@ def test_an_output_that_exists_is_left_alone(run, tmp_path):
 def test_an_output_that_cannot_be_made(refused, own, tmp_path):
     (tmp_path / "file").write_text("mine")
     result = refused("--scenario", own()[1], output=tmp_path / "file" / "out")
-    assert "cannot be made (Not a directory)" in result.error
+    assert "file is not a folder to write in" in result.error
 
 
 # --- resuming
@@ -333,7 +333,7 @@ def interrupted(tmp_path_factory) -> Path:
     data = experiment.prepare(scenario)
     with pytest.raises(Killed):
         experiment.execute(
-            experiment.create(path, scenario, "0" * 32), scenario, data, on_reply=kill
+            experiment.create(path, scenario, data, "0" * 32), scenario, data, on_reply=kill
         )
     return path
 
@@ -437,6 +437,36 @@ def test_a_checkpoint_of_another_architecture_shows_both_shapes(not_resumed, dir
     error = not_resumed(directory).error
     assert "the checkpoint is of another architecture: head.weight has shape=(3, 16)" in error
     assert "and shape=(3, 32) in this run's model" in error
+
+
+def test_other_data_than_the_run_began_with(run, own, tmp_path):
+    """Results of one data set must not go on under another."""
+    file, scenario = own()
+    assert run("--scenario", scenario, "--output", tmp_path / "out").code == 0
+    (tmp_path / "out" / "summary.json").unlink()
+    changed = layout()
+    changed["train_labels"] = 1 - changed["train_labels"]
+    np.savez(file, **changed)
+    result = run("--resume", tmp_path / "out")
+    assert (result.code, result.error) == (
+        2,
+        "error: dataset=npz: not the data that this run began with",
+    )
+
+
+def test_a_directory_that_another_process_is_at_work_in(not_resumed, directory):
+    with RunDirectory(directory).session():
+        assert not_resumed(directory).error.endswith("run is in use by another process")
+
+
+def test_a_history_that_is_gone(not_resumed, directory):
+    (directory / "history.jsonl").unlink()
+    assert not_resumed(directory).error.endswith("history.jsonl is cut short or missing")
+
+
+def test_checkpoints_that_are_gone(not_resumed, directory):
+    shutil.rmtree(directory / "checkpoints")
+    assert not_resumed(directory).error.endswith("checkpoints is missing")
 
 
 def test_damaged_checkpoints_are_not_taken_for_a_new_run(not_resumed, directory):

@@ -46,6 +46,7 @@ def test_config_json_holds_what_reproduces_the_run(finished):
     config = json.loads((finished / "config.json").read_text())
     assert set(config) == {
         "run_uuid",
+        "data",
         "federation",
         "scenario",
         "run_config",

@@ -71,6 +71,7 @@ class Bench:
         }
         self.site = Site(SiteConfig.model_validate(config), dataset)
         self.keys = {"A": create_signing_key(state_dir / SIGNING_KEY).public_key()}
+        self.site.audit.create()
         register(self.site)
 
     def send(
@@ -96,8 +97,9 @@ class Bench:
         return Reply.from_content(self.send(content, **options).content, self.keys)
 
     def audited(self) -> list[str]:
+        """The log's lines after the one that begins it."""
         self.site.audit.verify()
-        return (self.site.config.state_dir / "audit.jsonl").read_text().splitlines()
+        return (self.site.config.state_dir / "audit.jsonl").read_text().splitlines()[1:]
 
 
 @pytest.fixture
@@ -249,10 +251,19 @@ def test_a_run_configuration_that_is_wrong_is_refused(bench, weights):
 def test_a_site_that_cannot_write_its_log_does_not_train(bench, weights, monkeypatch):
     monkeypatch.setattr(app_module, "train", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(app_module, "evaluate", lambda *_: pytest.fail("evaluated"))
-    (bench.site.config.state_dir / "audit.jsonl").mkdir()
+    path = bench.site.config.state_dir / "audit.jsonl"
+    path.unlink()
+    path.mkdir()
     message = bench.send(instruction(weights))
     assert message.has_error()
     assert message.error.reason == "site=A cannot answer: IsADirectoryError"
+
+
+def test_a_site_whose_log_is_gone_does_not_train(bench, weights, monkeypatch):
+    monkeypatch.setattr(app_module, "train", lambda *_: pytest.fail("trained"))
+    (bench.site.config.state_dir / "audit.jsonl").unlink()
+    message = bench.send(instruction(weights))
+    assert message.error.reason == "site=A cannot answer: FederationError"
 
 
 def test_a_site_whose_log_was_tampered_with_does_not_train(bench, weights, monkeypatch):
@@ -282,7 +293,7 @@ def test_an_instruction_that_is_not_ours_is_answered_by_an_error_alone(bench, we
     content.config_records[ENVELOPE]["schema-version"] = 99
     message = bench.send(content, kind="train")
     assert message.error.reason == "site=A cannot answer: ProtocolError"
-    assert not (bench.site.config.state_dir / "audit.jsonl").exists()
+    assert bench.audited() == []
 
 
 @pytest.mark.parametrize("name", ["B", ""])

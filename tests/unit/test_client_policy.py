@@ -80,6 +80,20 @@ def test_a_site_that_says_nothing_demands_privacy_then_encryption():
             "model.image-size=64; limit 63",
         ),
         (
+            {"max-positions": 63},
+            {"model.image-size": 32, "model.patch-size": 4},
+            {},
+            "too-much-work",
+            "model.image-size=32 with model.patch-size=4 has 64 positions; limit 63",
+        ),
+        (
+            {"max-batch-size": 31},
+            {"training.batch-size": 32},
+            {},
+            "too-much-work",
+            "training.batch-size=32; limit 31",
+        ),
+        (
             {"max-local-epochs": 2},
             {"training.local-epochs": 3},
             {},

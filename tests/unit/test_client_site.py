@@ -88,6 +88,7 @@ def test_images_are_read_once_and_prepared_once_per_shape(tmp_path):
     assert padded.images[1, 0, 0, 0] == 0
     assert site.split("train", model_section(**{"in-channels": 3})).images.shape[1] == 3
     assert len(reads) == 1
+    assert len(site._splits) == 1  # a coordinator that asks for many shapes fills no memory
 
 
 def test_class_counts_are_of_the_training_examples(tmp_path):

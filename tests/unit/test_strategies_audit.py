@@ -18,12 +18,14 @@ ENTRIES = 5
 
 @pytest.fixture
 def log(tmp_path) -> AuditLog:
+    """A log that was never begun."""
     return AuditLog(tmp_path / "audit.jsonl")
 
 
 def filled(folder: Path) -> AuditLog:
     log = AuditLog(folder / "audit.jsonl")
-    for number in range(ENTRIES):
+    log.create()
+    for number in range(1, ENTRIES):
         log.append("answered", server_round=number, status="ok", share=number / 8, last=False)
     return log
 
@@ -50,21 +52,38 @@ def changed(log, intact):
 
 def test_an_untouched_log_verifies(tmp_path):
     log = filled(tmp_path)
-    assert log.verify() == ENTRIES
+    head = json.loads(log.path.read_text().splitlines()[-1])["hash"]
+    assert log.verify() == (ENTRIES, head)
 
 
-def test_a_log_that_does_not_exist_has_no_entries(log):
-    assert log.verify() == 0
-    assert not log.path.exists()
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_log_that_is_gone_is_no_empty_log(log, content):
+    """Who deletes it hides what happened; only a new site begins one."""
+    if content is not None:
+        log.path.write_bytes(content)
+    for use in (log.verify, lambda: log.append("received")):
+        with pytest.raises(FederationError, match=r"^audit log audit\.jsonl is missing or empty$"):
+            use()
+
+
+def test_a_log_is_begun_once(log):
+    log.create()
+    begun = log.path.read_bytes()
+    log.create()
+    assert log.path.read_bytes() == begun
+    assert json.loads(begun)["event"] == "created"
 
 
 def test_an_entry_says_what_happened_and_points_to_the_one_before(log):
+    log.create()
     first = log.append("received", task="train")
     second = log.append("answered", status="ok")
-    entries = [json.loads(line) for line in log.path.read_text().splitlines()]
+    entries = [json.loads(line) for line in log.path.read_text().splitlines()][1:]
     assert [entry["hash"] for entry in entries] == [first, second]
-    assert [entry["previous"] for entry in entries] == [FIRST, first]
-    assert [entry["index"] for entry in entries] == [0, 1]
+    begun = json.loads(log.path.read_text().splitlines()[0])
+    assert (begun["index"], begun["previous"]) == (0, FIRST)
+    assert [entry["previous"] for entry in entries] == [begun["hash"], first]
+    assert [entry["index"] for entry in entries] == [1, 2]
     assert [entry["event"] for entry in entries] == ["received", "answered"]
     assert entries[0]["fields"] == {"task": "train"}
     assert entries[0]["time"].endswith("+00:00")
@@ -86,7 +105,7 @@ def test_an_edited_line_is_found_at_its_number(tmp_path_factory, intact, line, d
         log.verify()
 
 
-@pytest.mark.parametrize("line", range(ENTRIES))
+@pytest.mark.parametrize("line", range(1, ENTRIES))
 @pytest.mark.parametrize(
     "edit",
     [
@@ -141,7 +160,7 @@ def test_a_line_rewritten_with_a_new_hash_breaks_the_next(log, changed, intact, 
 
 
 @pytest.mark.parametrize(
-    "last", [b'{"half":', b"\n", b"\xff\n", b'{"hash":1}\n'], ids=["cut", "blank", "binary", "odd"]
+    "last", [b"null\n", b"\n", b"\xff\n", b'{"hash":1}\n'], ids=["null", "blank", "binary", "odd"]
 )
 def test_nothing_is_appended_to_a_damaged_log(log, intact, last):
     log.path.write_bytes(intact + last)
@@ -150,14 +169,14 @@ def test_nothing_is_appended_to_a_damaged_log(log, intact, last):
     assert log.path.read_bytes() == intact + last
 
 
-def test_a_lost_final_newline_never_joins_two_entries(log, intact):
-    log.path.write_bytes(intact[:-1])
-    try:
-        log.append("received")
-    except FederationError:
-        assert log.path.read_bytes() == intact[:-1]
-    else:
-        assert log.verify() == ENTRIES + 1
+@pytest.mark.parametrize("kept", [-1, -40])
+def test_a_line_cut_by_a_power_failure_is_told_as_such(log, intact, kept):
+    log.path.write_bytes(intact[:kept])
+    for use in (log.verify, lambda: log.append("received")):
+        with pytest.raises(FederationError, match=f"line {ENTRIES}: incomplete") as caught:
+            use()
+        assert "remove that line" in caught.value.hint
+    assert log.path.read_bytes() == intact[:kept]
 
 
 def _append(path: str, writer: int, count: int) -> None:
@@ -167,6 +186,7 @@ def _append(path: str, writer: int, count: int) -> None:
 
 
 def test_two_processes_keep_one_chain(log):
+    log.create()
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_append, args=(str(log.path), w, 40)) for w in range(2)]
     for writer in writers:
@@ -174,7 +194,7 @@ def test_two_processes_keep_one_chain(log):
     for writer in writers:
         writer.join(60)
     assert [writer.exitcode for writer in writers] == [0, 0]
-    assert log.verify() == 80
-    entries = [json.loads(line)["fields"] for line in log.path.read_text().splitlines()]
+    assert log.verify()[0] == 1 + 80
+    entries = [json.loads(line)["fields"] for line in log.path.read_text().splitlines()][1:]
     for w in range(2):
         assert [e["number"] for e in entries if e["writer"] == w] == list(range(40))

@@ -31,11 +31,14 @@ class Limits(Section):
     require_encryption: bool = Field(
         default=True, description="refuse runs with encryption.mode = off"
     )
-    allowed_strategies: tuple[str, ...] = Field(
-        default=("fedavg", "fedprox"), description="strategy.name must be one of these"
+    allowed_strategies: tuple[Literal["fedavg", "fedprox"], ...] = Field(
+        default=("fedavg", "fedprox"),
+        strict=False,
+        description="strategy.name must be one of these",
     )
-    allowed_sizes: tuple[str, ...] = Field(
+    allowed_sizes: tuple[Literal["nano", "tiny", "small", "base", "custom"], ...] = Field(
         default=("nano", "tiny", "small", "base"),
+        strict=False,
         description="model.size must be one of these; `custom` admits model.depths and dims",
     )
     max_local_epochs: Annotated[int, Field(gt=0)] = Field(
@@ -63,12 +66,12 @@ class SiteConfig(Section):
     federation: str = Field(default="federation", min_length=1, description="name all sites share")
     superlink: str = Field(default="127.0.0.1:8000", description="coordinator's address, host:port")
     state_dir: Path = Field(
-        default=Path("state"), description="keys, audit log; relative to this file"
+        default=Path("state"), strict=False, description="keys, audit log; relative to this file"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA if present"
     )
-    num_threads: Annotated[int, Field(ge=0)] = Field(
+    num_threads: Annotated[int, Field(ge=0, le=1024)] = Field(
         default=0, description="CPU threads; 0: PyTorch's"
     )
     task: str = Field(

@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medmamba import scan, weights
     from medmamba.config import SIZES, MedMambaConfig, ModelError
     from medmamba.model import MedMamba, no_weight_decay
 

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from medmamba.scan import active_backend
 from server.app import run_app
 from server.flower_runtime import host_run
+from server.metrics import auc_error_text
 from server.report import write_report
 from server.rounds import Settings, check
 from server.run_directory import RunDirectory, provenance, require_new
@@ -136,10 +137,15 @@ def result_lines(summary: Mapping[str, Any], path: Path) -> str:
     rows = [("pooled", summary["pooled"]), *summary["sites"].items()]
     if "pooled" in summary.get("baselines", {}):
         rows.append(("pooled training", summary["baselines"]["pooled"]))
+    errors = {name: auc_error_text(figures) for name, figures in rows}
+    width = max(map(len, errors.values()))
     head = f"{'test':<16}{'examples':>9}" + "".join(f"{name:>19}" for name in names)
     lines = [head]
     for name, figures in rows:
-        values = "".join(f"{_shown(figures[metric]):>19}" for metric in names)
+        shown = {metric: _shown(figures[metric]) for metric in names}
+        # An AUC without an error is padded: decimal points stay below each other.
+        shown["auc"] += errors[name].ljust(width)
+        values = "".join(f"{text:>19}" for text in shown.values())
         lines.append(f"{name:<16}{figures['num_examples']:>9}{values}")
     low, high = summary["pooled"]["auc_low_95"], summary["pooled"]["auc_high_95"]
     if low is not None:

@@ -27,6 +27,9 @@ from strategies.run_config import METRIC_NAMES
 Metrics = dict[str, float | int | None]
 
 LOWER_IS_BETTER = frozenset({"ece", "loss"})
+# With fewer images of a class, resampling them hardly varies what they happened to be.
+MIN_INTERVAL_IMAGES = 5
+SHOWN_AUC_ERROR = 0.01
 
 
 def metrics(sums: EvaluationSums) -> Metrics:
@@ -78,10 +81,8 @@ def auc_interval(
     again. Complete separation gives an interval of width 0, whatever the number of images.
 
     Histograms do not tell how the AUCs of different classes vary together, so the ends are the
-    means of the classes' ends, as if all erred together. That is exact for two classes, whose AUCs
-    are one number, and for more at least the level: with 3 to 9 simulated classes 97 to 100 of 100
-    intervals held the true AUC where a resampling of classes on their own held 82 to 92, at 1.2 to
-    2.6 times the ideal width.
+    means of the classes' ends, as if all erred together: exact for two classes, whose AUCs are one
+    number, and wider than a resampling of the images for more.
 
     Args:
         sums: One evaluation set.
@@ -90,9 +91,12 @@ def auc_interval(
         seed: Of the draws; the interval is reproducible.
 
     Returns:
-        Low and high end, or None where there is no AUC.
+        Low and high end, or None where there is no AUC or a class that is present has fewer than
+        ``MIN_INTERVAL_IMAGES`` images.
     """
-    if np.count_nonzero(sums.confusion.sum(axis=1)) < 2:
+    support = sums.confusion.sum(axis=1)
+    support = support[support > 0]
+    if len(support) < 2 or support.min() < MIN_INTERVAL_IMAGES:
         return None
     generator = np.random.default_rng(seed)
     tail = (1 - level) / 2
@@ -111,6 +115,21 @@ def auc_interval(
     ]
     low, high = np.mean(ends, axis=0)
     return float(low), float(high)
+
+
+def auc_error_text(figures: Mapping[str, object]) -> str:
+    """Return what to write behind an AUC that its histogram leaves uncertain, mostly nothing.
+
+    >>> auc_error_text({"auc": 0.553, "auc_max_error": 0.0131})
+    '±0.02'
+    >>> auc_error_text({"auc": 0.553, "auc_max_error": 0.01})
+    ''
+    """
+    error = figures.get("auc_max_error")
+    if figures.get("auc") is None or not isinstance(error, float) or error <= SHOWN_AUC_ERROR:
+        return ""
+    # Up, since it is a bound; the inner rounding takes the noise of binary fractions away.
+    return f"\N{PLUS-MINUS SIGN}{math.ceil(round(100 * error, 6)) / 100:.2f}"
 
 
 def worst_site(

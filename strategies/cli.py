@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -21,7 +21,14 @@ from strategies.errors import ConfigError, FederationError
 
 
 class Parser(argparse.ArgumentParser):
-    """``argparse`` whose mistakes read like every other error of this project."""
+    """``argparse`` whose mistakes read like every other error of this project.
+
+    Options are written in full: an abbreviation that works today means another option, or none,
+    once an option is added. Subparsers are of this class and so have the same rule.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         """Report a wrong command line as a :class:`ConfigError`."""

@@ -7,13 +7,17 @@ Invariant: adding is exact, in any order. Counts are integers; losses and confid
 ``QUANTUM`` first, so their float64 sums have no rounding error while they stay below
 ``2**53 * QUANTUM``, half a billion examples or nats.
 
-A score is the log-odds of one class against the rest, ``z_c - logsumexp(z_others)``: monotone in
-the softmax probability, so the AUC is the same, and resolved where probabilities crowd at 0 and 1.
-The bins are centred on multiples of 1/16 from -16 to 16. Their number is odd so that -s falls into
-the mirror image of s's bin and the two classes of a binary task have the same AUC. On simulated
-scores of 2,000 examples the AUC was off by at most 0.0006 where the log-odds' standard deviation
-was 1, and 0.0013 at 0.5; 257 bins doubled that. Only a model that hardly separates anything
-suffers (0.037 at 0.05), and the reported bound on the error (server/metrics.py) says so.
+A score is the log-odds of one class against the mean of the others, ``z_c - logmeanexp(z_others)``:
+monotone in the softmax probability, so the AUC is the same; resolved where probabilities crowd at 0
+and 1; and 0 where a model prefers no class, however many there are.
+
+Bin ``i`` from -256 to 256 holds the scores that ``asinh(score / SCORE_SCALE) / step`` rounds to
+``i``, with ``step = asinh(SCORE_LIMIT / SCORE_SCALE) / 256``; the outermost hold all beyond, too.
+At a score ``s`` they are about ``step * sqrt(s**2 + SCORE_SCALE**2)`` wide: less than 0.0001 at 0,
+where the scores of a lightly trained model crowd and bins of equal width would see only ties, and
+less than 4.5 % of the score far from it. Their number is odd so that -s falls into the mirror image
+of s's bin and the two classes of a binary task have the same AUC. Scores that crowd far from 0
+stay unresolved; the reported bound on the AUC's error (server/metrics.py) says so.
 
 Shapes: ``n`` examples, ``c`` classes.
 
@@ -23,6 +27,7 @@ set say something about single patients; differential privacy of the weights doe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -33,7 +38,8 @@ from numpy.typing import NDArray
 from strategies.errors import DataError, ProtocolError
 
 SCORE_BINS = 513
-SCORE_LIMIT = 16.0
+SCORE_LIMIT = 64.0
+SCORE_SCALE = 0.002
 CALIBRATION_BINS = 15
 QUANTUM = 2.0**-24
 # Bounds what one site may claim, so that int64 sums over millions of sites cannot overflow.
@@ -41,7 +47,11 @@ MAX_EXAMPLES = 2**40
 
 _MAX_LOGIT = float(np.finfo(np.float32).max)
 _MAX_SUM = 2 * _MAX_LOGIT * MAX_EXAMPLES
-_BINS_PER_UNIT = (SCORE_BINS // 2) / SCORE_LIMIT
+_MIDDLE = SCORE_BINS // 2
+_STEP = math.asinh(SCORE_LIMIT / SCORE_SCALE) / _MIDDLE
+# Upper ends of the bins 0 to 255. Comparing with them is monotone, which asinh and a division need
+# not be; rounded, they are the same on every machine although its sinh may differ in the last bit.
+_EDGES = np.array([round(SCORE_SCALE * math.sinh((i + 0.5) * _STEP), 9) for i in range(_MIDDLE)])
 _FIELDS = ("confusion", "scores", "calibration", "loss-sum", "num-examples")
 
 
@@ -60,7 +70,7 @@ class EvaluationSums:
 
     Attributes:
         confusion: Counts by true class, then predicted class. Shape ``(c, c)``.
-        scores: Per class, histograms of its log-odds among the examples of other classes
+        scores: Per class, histograms of its score among the examples of other classes
             (index 0) and its own (index 1). Shape ``(c, 2, SCORE_BINS)``.
         calibration: By equal-width bins of the top-label confidence: examples, sum of
             confidences, correct predictions. Shape ``(3, CALIBRATION_BINS)``.
@@ -133,7 +143,7 @@ class EvaluationSums:
         confidence = _quantize(1.0 / total)
         cell = np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
         per_cell = (np.ones(n), confidence, (predicted == y).astype(np.float64))
-        scores = [_histogram(_log_odds(z, k), y == k) for k in range(c)]
+        scores = [_histogram(_score(z, k), y == k) for k in range(c)]
         return cls(
             confusion=np.bincount(y * c + predicted, minlength=c * c).reshape(c, c),
             scores=np.stack(scores),
@@ -247,18 +257,19 @@ class EvaluationSums:
             raise ProtocolError(f"{loss_key}={self.loss_sum}: expected 0 for no examples")
 
 
-def _log_odds(z: NDArray[np.float64], k: int) -> NDArray[np.float64]:
-    """Return class k's log-odds against the rest; exact for two classes. ``(n, c) -> (n,)``."""
+def _score(z: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+    """Return class k's log-odds against the others; exact for two classes. ``(n, c) -> (n,)``."""
     rest = np.delete(z, k, axis=1)  # (n, c - 1)
     top = rest.max(axis=1)  # (n,)
-    return z[:, k] - (top + np.log(np.exp(rest - top[:, None]).sum(axis=1)))
+    return z[:, k] - (top + np.log(np.exp(rest - top[:, None]).mean(axis=1)))
 
 
-def _histogram(log_odds: NDArray[np.float64], own: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Count log-odds of negatives and positives. ``(n,), (n,) -> (2, SCORE_BINS)``."""
-    clipped = np.clip(log_odds, -SCORE_LIMIT, SCORE_LIMIT)
-    # rint rounds half to even, hence symmetrically about zero.
-    index = np.rint(clipped * _BINS_PER_UNIT).astype(np.int64) + SCORE_BINS // 2
+def _histogram(score: NDArray[np.float64], own: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Count scores of negatives and positives. ``(n,), (n,) -> (2, SCORE_BINS)``."""
+    # By size and sign apart, so that bins mirror each other exactly. No value, not even NaN, leads
+    # outside the histogram.
+    size = np.searchsorted(_EDGES, np.abs(score))
+    index = _MIDDLE + np.where(score < 0, -size, size)
     flat = np.bincount(own * SCORE_BINS + index, minlength=2 * SCORE_BINS)
     return flat.reshape(2, SCORE_BINS)
 

@@ -41,6 +41,20 @@ MetricName = Literal[
 ]
 METRIC_NAMES: tuple[str, ...] = get_args(MetricName)
 
+# What a person is told in place of pydantic's words for Python types.
+KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number"}
+_TYPE_ERRORS = {
+    "bool_type": KINDS[bool],
+    "int_type": KINDS[int],
+    "float_type": KINDS[float],
+    "string_type": "text",
+    "path_type": "a path",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "model_type": "a table",
+    "dict_type": "a table",
+}
+
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -55,10 +69,14 @@ def _parts(value: str) -> list[str]:
 
 
 class Section(BaseModel):
-    """Base of every part of the schema: frozen, kebab-case outside, unknown keys refused."""
+    """Base of every part of the schema: frozen, kebab-case outside, unknown keys refused.
+
+    Strict, so that "no" is not taken for false nor true for 1. TOML and JSON have no paths and no
+    tuples: fields of these types say ``strict=False`` and take texts and lists.
+    """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=kebab, populate_by_name=True
+        frozen=True, extra="forbid", strict=True, alias_generator=kebab, populate_by_name=True
     )
 
 
@@ -79,7 +97,7 @@ class ModelSection(Section):
         default=3, description="classes of the dataset"
     )
     in_channels: Literal[1, 3] = Field(default=3, description="3 repeats grey images, as published")
-    image_size: Annotated[int, Field(ge=16)] = Field(
+    image_size: Annotated[int, Field(ge=16, le=4096)] = Field(
         default=64, description="side of the square input in pixels"
     )
     small_images: Literal["resize", "pad"] = Field(
@@ -144,14 +162,18 @@ class ModelSection(Section):
 class TrainingSection(Section):
     """Local training at a site; defaults are the published MedMamba protocol."""
 
-    learning_rate: PositiveFloat = Field(default=3e-4, description="AdamW, at the first round")
+    learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = Field(
+        default=3e-4, description="AdamW, at the first round"
+    )
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         default=0.05, description="AdamW; none on norms, biases, A_log and D"
     )
     schedule: Literal["cosine", "constant"] = Field(
         default="cosine", description="learning rate over the rounds of the run"
     )
-    batch_size: Positive = Field(default=64, description="examples a step")
+    batch_size: Annotated[int, Field(gt=0, le=1_000_000)] = Field(
+        default=64, description="examples a step"
+    )
     local_epochs: Positive = Field(default=1, description="passes over the site's data a round")
     local_steps: Annotated[int, Field(ge=0)] = Field(
         default=0,
@@ -253,9 +275,9 @@ class RunConfig(Section):
         for key in flat:
             if key not in known:
                 raise ConfigError(f"unknown key {key}={flat[key]}", hint=nearest(key, known))
-        natural = {key: _natural(key, value, known[key]) for key, value in flat.items()}
+        typed = {key: natural(key, value, type(known[key])) for key, value in flat.items()}
         try:
-            return cls.model_validate(unflatten(natural))
+            return cls.model_validate(unflatten(typed))
         except ValidationError as error:
             raise ConfigError(explain(error)) from None
 
@@ -300,6 +322,8 @@ def explain(error: ValidationError, prefix: str = "") -> str:
     problem = error.errors(include_url=False)[0]
     key = prefix + ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in _TYPE_ERRORS:
+        message = f"expected {_TYPE_ERRORS[problem['type']]}"
     if problem["type"] == "missing":
         return f"{key} is missing"
     if problem["type"] == "extra_forbidden":
@@ -327,14 +351,27 @@ def parse_assignments(assignments: list[str]) -> dict[str, Scalar]:
     return values
 
 
-def _natural(key: str, value: Scalar, default: Scalar) -> Scalar:
-    """Turn a command line's text into the type of its setting; refuse true for a number."""
-    if isinstance(default, str):
+def natural(key: str, value: Scalar, kind: type) -> Scalar:
+    """Turn a command line's text into the type of its setting; refuse another type.
+
+    >>> natural("training.learning-rate", "1e-3", float)
+    0.001
+
+    Args:
+        key: Dotted key, for the error.
+        value: Text, or a value that has a type already.
+        kind: bool, int or float; of any other kind the text stays as it is.
+
+    Raises:
+        ConfigError: The value is no number, or neither true nor false.
+    """
+    if kind not in KINDS:
         return value
-    natural = _scalar(value) if isinstance(value, str) else value
-    if isinstance(natural, bool) and not isinstance(default, bool):
-        raise ConfigError(f"{key}={value}: expected {type(default).__name__}")
-    return natural
+    found = _scalar(value) if isinstance(value, str) else value
+    # The exact type, because true is an int in Python; a whole number is a number too.
+    if type(found) is not kind and not (kind is float and type(found) is int):
+        raise ConfigError(f"{key}={value}: expected {KINDS[kind]}")
+    return found
 
 
 def _scalar(text: str) -> Scalar:

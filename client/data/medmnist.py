@@ -139,8 +139,9 @@ def find_npz(name: str, size: int = 28, data_dir: Path | None = None) -> Path:
     if not path.is_file():
         raise DataError(
             f"file={path.name} not found in {path.parent}",
-            f"allow the download with download = true, copy it from {_url(info, size)}, or name "
-            f"its folder with data-dir or the variable {DATA_DIR_VARIABLE}",
+            "allow the download (in a file `download = true`, on the command line "
+            f"`--set data.download=true`), copy it from {_url(info, size)}, or name its folder "
+            f"with data-dir or the variable {DATA_DIR_VARIABLE}",
         )
     return path
 

@@ -107,9 +107,14 @@ def _read_arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
             missing = [key for key in KEYS if key not in archive]
             if missing:
                 raise DataError(f"file={path} lacks {', '.join(missing)}", _EXPORT_HINT)
-            return {key: archive[key] for key in KEYS}
+            arrays = {key: archive[key] for key in KEYS}
     except _READ_ERRORS as error:
         raise _unreadable(path, error) from error
+    for key, array in arrays.items():
+        # numpy hands out the bytes of a member that is not in its own format.
+        if not isinstance(array, np.ndarray):
+            raise DataError(f"file={path} {key} expected an array of numpy's format", _EXPORT_HINT)
+    return arrays
 
 
 def _unreadable(path: Path, error: BaseException) -> DataError:

@@ -35,13 +35,17 @@ class DataSource(Section):
     """
 
     dataset: str = Field(PHANTOM, description="phantom, npz, or the name of a MedMNIST data set")
-    image_size: Annotated[int, Field(gt=0)] | None = Field(
+    image_size: int | None = Field(
         None,
+        gt=0,
         description="side of the stored images, pixels: MedMNIST 28 (absent), 64, 128 or 224; "
         "phantom 64 (absent) or any from 16; the run's model.image-size is what the model sees",
     )
     data_dir: Path | None = Field(
-        None, description="MedMNIST: folder of the files; absent: $FEDERATION_DATA, else the cache"
+        None,
+        strict=False,
+        description="MedMNIST: folder of the files, relative to the file it stands in; absent: "
+        "$FEDERATION_DATA, else the cache",
     )
     allow_altered: bool = Field(
         False, description="MedMNIST: accept a file whose MD5 is not the published one"
@@ -49,8 +53,15 @@ class DataSource(Section):
     download: bool = Field(
         False, description="MedMNIST: fetch the official file when it is not there"
     )
-    file: Path | None = Field(None, description="npz: the site's own file in MedMNIST's layout")
-    classes: tuple[str, ...] = Field((), description="npz: class names in label order")
+    file: Path | None = Field(
+        None,
+        strict=False,
+        description="npz: the site's own file in MedMNIST's layout, relative to the file it "
+        "stands in",
+    )
+    classes: tuple[str, ...] = Field(
+        (), strict=False, description="npz: class names in label order, at least two"
+    )
     patients_per_site: Annotated[int, Field(gt=0)] = Field(
         40, description="phantom: generated patients per site, 2 to 4 images each"
     )
@@ -79,6 +90,11 @@ class DataSource(Section):
             raise DataError(
                 "dataset=npz expected file and classes",
                 'add file = "PATH" and classes = ["first", "second"] in label order',
+            )
+        if self.dataset == NPZ and len(self.classes) < 2:
+            raise DataError(
+                f"classes={', '.join(self.classes)}: expected at least two classes",
+                "name every class in label order, also one that this site has no images of",
             )
         if self.dataset in medmnist_facts():
             checked_size(self.stored_size)

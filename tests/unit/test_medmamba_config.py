@@ -134,5 +134,7 @@ def test_the_package_exports_what_it_lists():
         name: getattr(medmamba, name).__name__ for name in medmamba.__all__ if name != "SIZES"
     } == {name: name for name in medmamba.__all__ if name != "SIZES"}
     assert medmamba.SIZES is SIZES
+    for name in ("scan", "weights"):  # reachable without an import of their own
+        assert medmamba.__getattr__(name).__name__ == f"medmamba.{name}"
     with pytest.raises(AttributeError, match="'medmamba' has no attribute 'Medmamba'"):
         medmamba.Medmamba  # noqa: B018 # pyright: ignore

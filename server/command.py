@@ -137,14 +137,13 @@ def result_lines(summary: Mapping[str, Any], path: Path) -> str:
     rows = [("pooled", summary["pooled"]), *summary["sites"].items()]
     if "pooled" in summary.get("baselines", {}):
         rows.append(("pooled training", summary["baselines"]["pooled"]))
-    errors = {name: auc_error_text(figures) for name, figures in rows}
-    width = max(map(len, errors.values()))
+    width = max(len(auc_error_text(figures)) for _, figures in rows)
     head = f"{'test':<16}{'examples':>9}" + "".join(f"{name:>19}" for name in names)
     lines = [head]
     for name, figures in rows:
         shown = {metric: _shown(figures[metric]) for metric in names}
         # An AUC without an error is padded: decimal points stay below each other.
-        shown["auc"] += errors[name].ljust(width)
+        shown["auc"] += auc_error_text(figures).ljust(width)
         values = "".join(f"{text:>19}" for text in shown.values())
         lines.append(f"{name:<16}{figures['num_examples']:>9}{values}")
     low, high = summary["pooled"]["auc_low_95"], summary["pooled"]["auc_high_95"]

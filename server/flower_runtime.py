@@ -16,7 +16,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import httpx
@@ -116,10 +116,13 @@ def host_run(
         ) from error
     fab = build_fab()
     fab_hash = hashlib.sha256(fab).hexdigest()
+    # Flower's lines reach our log by propagation; its own handler would print them twice.
+    logging.getLogger("flwr").handlers.clear()
     with _superlink_errors(address):
-        control = init_http_client_from_connection(
-            SuperLinkConnection(name="coordinator", address=address, insecure=True)
-        )
+        with redirect_stdout(sys.stderr):  # it prints; standard output is for the result
+            control = init_http_client_from_connection(
+                SuperLinkConnection(name="coordinator", address=address, insecure=True)
+            )
         started = control.StartRun(
             StartRunRequest(
                 fab=fab_to_proto(Fab(fab_hash, fab, {})),

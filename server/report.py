@@ -36,9 +36,11 @@ from server.report_files import (
 )
 from server.report_template import TEMPLATE
 from server.report_text import (
+    NO_INTERVAL,
     course,
     headline,
     interval_text,
+    lacks_interval,
     methods,
     notices,
     number,
@@ -46,6 +48,7 @@ from server.report_text import (
     plural,
     ranges,
     signed,
+    strategy_name,
     table_caption,
 )
 from strategies.files import write_atomic
@@ -58,10 +61,10 @@ MAX_REPLY_ROWS = 50
 # Metric, title and a word of explanation.
 COLUMNS = (
     ("auc", "AUC", "95% interval"),
-    ("balanced_accuracy", "Balanced accuracy", ""),
-    ("specificity", "Specificity", ""),
-    ("precision", "Precision", ""),
-    ("f1", "F1", ""),
+    ("balanced_accuracy", "Macro sensitivity", "balanced accuracy"),
+    ("specificity", "Macro specificity", ""),
+    ("precision", "Macro precision", ""),
+    ("f1", "Macro F1", ""),
     ("accuracy", "Accuracy", ""),
     ("ece", "ECE", ""),
     ("loss", "Loss", ""),
@@ -92,7 +95,7 @@ def write_report(run_dir: Path) -> Path:
 
 @dataclass
 class Cells:
-    """Turns metrics into table cells; a missing one is marked with a letter that has a reason.
+    """Turns metrics into table cells; what is missing is marked with a letter that has a reason.
 
     Attributes:
         encrypted: The coordinator could not read any metric of this run.
@@ -103,19 +106,39 @@ class Cells:
     notes: dict[str, str] = field(default_factory=dict)
 
     def cell(self, figures: Evaluation, name: str) -> dict[str, str]:
-        """Return ``text`` or a ``note``, and the interval of an AUC as ``detail``."""
+        """Return ``text``, the letter of its ``note``, and the interval of an AUC as ``detail``."""
         value = getattr(figures, name)
         if value is None:
-            reason = self._reason(figures, name)
-            letter = self.notes.setdefault(reason, chr(ord("a") + len(self.notes)))
-            return {"text": "n/a", "note": letter, "detail": ""}
-        detail = interval_text(figures) if name == "auc" else ""
-        return {"text": number(value), "note": "", "detail": detail}
+            note = self._note(self._reason(figures, name))
+            return {"text": "n/a", "note": note, "detail": ""}
+        if name != "auc":
+            return {"text": number(value), "note": "", "detail": ""}
+        few = lacks_interval(figures)
+        note = self._note(f"{NO_INTERVAL.capitalize()}.") if few else ""
+        return {"text": number(value), "note": note, "detail": interval_text(figures)}
 
     def row(self, label: str, figures: Evaluation, detail: str = "") -> dict[str, Any]:
         """Return one row of the table of metrics."""
         cells = [self.cell(figures, name) for name, _, _ in COLUMNS]
         return {"label": label, "detail": detail, "cells": cells}
+
+    def class_row(
+        self, label: str, figures: Evaluation, num_classes: int, detail: str = ""
+    ) -> dict[str, Any]:
+        """Return one row of the table of sensitivities by class, with their counts."""
+        if figures.confusion is None:
+            missing = self.cell(figures, "confusion")
+            return {"label": label, "detail": detail, "cells": [missing] * num_classes}
+        cells = []
+        for true, row in enumerate(figures.confusion):
+            total = sum(row)
+            share = f"{100 * row[true] / total:.0f}%" if total else "n/a"
+            counts = f"{row[true]:,} of {total:,}" if total else "no images"
+            cells.append({"text": share, "note": "", "detail": counts})
+        return {"label": label, "detail": detail, "cells": cells}
+
+    def _note(self, reason: str) -> str:
+        return self.notes.setdefault(reason, chr(ord("a") + len(self.notes)))
 
     def _reason(self, figures: Evaluation, name: str) -> str:
         if figures.num_examples is None and self.encrypted:
@@ -139,7 +162,8 @@ def _context(
     indices = {site: index for index, site in enumerate(named)}
     cells = Cells(encrypted=summary.encryption.get("mode") != "off")
     kind = "simulated site" if summary.simulated else "site"
-    heading = f"{summary.dataset}: {summary.strategy} across {plural(num_sites, kind)}"
+    heading = f"{summary.dataset}: {strategy_name(summary)} across {plural(num_sites, kind)}"
+    few, num_classes = num_sites <= MAX_TABLE_SITES, len(summary.classes)
     return {
         "title": f"{heading} - federated training report",
         "heading": heading,
@@ -148,10 +172,19 @@ def _context(
         "notices": notices(summary),
         "columns": [{"title": title, "detail": detail} for _, title, detail in COLUMNS],
         "table_caption": table_caption(summary),
-        "summary_rows": _summary_rows(summary, cells),
-        "site_rows": [cells.row(site, figures) for site, figures in summary.sites.items()],
+        "summary_rows": _summary_rows(summary, cells, few),
+        "site_rows": [
+            cells.row(site, figures, "worst site" if worst and site == worst.site else "")
+            for site, figures in summary.sites.items()
+        ],
         "notes": cells.notes,
-        "few_sites": num_sites <= MAX_TABLE_SITES,
+        "few_sites": few,
+        "class_columns": [{"title": name, "detail": ""} for name in summary.classes],
+        "class_summary_rows": [
+            cells.class_row("All sites", summary.pooled, num_classes, "pooled"),
+            *(cells.class_row(*row, num_classes, "baseline") for row in _baselines(summary)),
+        ],
+        "class_site_rows": [cells.class_row(*row, num_classes) for row in summary.sites.items()],
         "classes": summary.classes,
         "confusion": _confusion(summary.pooled.confusion),
         "course": course(summary, history),
@@ -177,11 +210,12 @@ def _context(
 def _cards(summary: Summary, cells: Cells) -> list[dict[str, str]]:
     pooled, worst, baseline = summary.pooled, summary.worst_site, summary.baselines.get("pooled")
     interval = interval_text(pooled)
+    none = NO_INTERVAL if lacks_interval(pooled) else "no interval"
     cards = [
         {
             **cells.cell(pooled, "auc"),
             "label": "Test AUC, all sites pooled",
-            "detail": f"95% interval {interval}" if interval else "no interval",
+            "detail": f"95% interval {interval}" if interval else none,
         },
         {
             **cells.cell(pooled, "balanced_accuracy"),
@@ -209,14 +243,19 @@ def _cards(summary: Summary, cells: Cells) -> list[dict[str, str]]:
     return cards
 
 
-def _summary_rows(summary: Summary, cells: Cells) -> list[dict[str, Any]]:
+def _summary_rows(summary: Summary, cells: Cells, few_sites: bool) -> list[dict[str, Any]]:
     rows = [cells.row("All sites", summary.pooled, "pooled")]
-    if summary.worst_site:
-        rows.append(cells.row(summary.worst_site.site, summary.worst_site, "worst site"))
-    for name, figures in summary.baselines.items():
-        label = "Pooled training" if name == "pooled" else name
-        rows.append(cells.row(label, figures, "baseline"))
+    worst = summary.worst_site
+    # Among few sites its own row is marked; the rows of many are folded away.
+    if worst and not (few_sites and worst.site in summary.sites):
+        rows.append(cells.row(worst.site, summary.sites.get(worst.site, worst), "worst site"))
+    rows += [cells.row(*row, "baseline") for row in _baselines(summary)]
     return rows
+
+
+def _baselines(summary: Summary) -> list[tuple[str, Evaluation]]:
+    titles = {"pooled": "Pooled training"}
+    return [(titles.get(name, name), figures) for name, figures in summary.baselines.items()]
 
 
 def _confusion(rows: Sequence[Sequence[int]] | None) -> list[list[dict[str, Any]]]:
@@ -290,20 +329,30 @@ def _partition(partition: Partition | None) -> dict[str, Any] | None:
         return None
     alpha = "" if partition.alpha is None else f", alpha={partition.alpha:g}"
     train = {site: counts.train for site, counts in partition.sites.items()}
+    images = {
+        site: [sum(split) for split in (counts.train, counts.val, counts.test)]
+        for site, counts in partition.sites.items()
+    }
+    patients = {site: counts.num_patients for site, counts in partition.sites.items()}
+    # A data set without patients counts every image as its own.
+    known = any(count not in (None, sum(images[site])) for site, count in patients.items())
+    columns = ["Train", "Validation", "Test", *(["Patients"] if known else [])]
     rows = [
         [
             site,
-            *(f"{sum(split):,}" for split in (counts.train, counts.val, counts.test)),
-            "n/a" if counts.num_patients is None else f"{counts.num_patients:,}",
+            *(f"{count:,}" for count in counts),
+            *([or_na(patients[site])] if known else []),
         ]
-        for site, counts in partition.sites.items()
+        for site, counts in images.items()
     ]
     return {
         "text": f"How the dataset was divided: {partition.scheme}{alpha}. Bars: training images "
         "of each site by class.",
         "classes": partition.classes,
         "svg": partition_bars("Training images of each site by class", partition.classes, train),
+        "columns": columns,
         "rows": rows,
+        "what": "images and patients" if known else "images",
     }
 
 

@@ -87,9 +87,16 @@ class Summary(Record):
 
     @model_validator(mode="after")
     def _confusion_is_square(self) -> Self:
-        rows, size = self.pooled.confusion, len(self.classes)
-        if rows is not None and [len(row) for row in rows] != [size] * size:
-            raise ValueError(f"pooled.confusion: expected {size} rows and columns")
+        size = len(self.classes)
+        sets = {
+            "pooled": self.pooled,
+            **{f"sites.{site}": figures for site, figures in self.sites.items()},
+            **{f"baselines.{name}": figures for name, figures in self.baselines.items()},
+        }
+        for place, figures in sets.items():
+            rows = figures.confusion
+            if rows is not None and [len(row) for row in rows] != [size] * size:
+                raise ValueError(f"{place}.confusion: expected {size} rows and columns")
         return self
 
 

@@ -114,7 +114,9 @@ footer { margin-top: 2.5rem; border-top: 1px solid var(--rule); padding-top: .8r
  style="fill: var(--{{ colour }}); opacity: {{ opacity }}"/></svg>
 {%- endmacro %}
 
-{% macro na(letter) -%}n/a<sup>{{ letter }}</sup>{%- endmacro %}
+{% macro figure(cell) -%}
+{{ cell.text }}{% if cell.note %}<sup>{{ cell.note }}</sup>{% endif %}
+{%- endmacro %}
 
 {% macro small(text) -%}{% if text %}<small>{{ text }}</small>{% endif %}{%- endmacro %}
 
@@ -122,14 +124,13 @@ footer { margin-top: 2.5rem; border-top: 1px solid var(--rule); padding-top: .8r
 {% for row in rows %}
 <tr><th scope="row">{{ row.label }}{{ small(row.detail) }}</th>
 {% for cell in row.cells %}
-<td>{% if cell.note %}{{ na(cell.note) }}{% else %}{{ cell.text }}{% endif %}
-{{- small(cell.detail) }}</td>
+<td>{{ figure(cell) }}{{ small(cell.detail) }}</td>
 {% endfor %}
 </tr>
 {% endfor %}
 {% endmacro %}
 
-{% macro figure_table(caption, bodies) %}
+{% macro figure_table(caption, columns, bodies) %}
 <p class="small">{{ caption }}</p>
 <div class="scroll" tabindex="0" role="region" aria-label="{{ caption }}">
 <table class="figures">
@@ -144,6 +145,17 @@ footer { margin-top: 2.5rem; border-top: 1px solid var(--rule); padding-top: .8r
 </tbody>
 {% endfor %}
 </table></div>
+{% endmacro %}
+
+{% macro site_table(caption, sites_caption, columns, summary_rows, site_rows) %}
+{% if few_sites %}
+{{ figure_table(caption, columns, [summary_rows, site_rows]) }}
+{% else %}
+{{ figure_table(caption, columns, [summary_rows]) }}
+<details><summary>Each of the {{ site_rows|length }} sites</summary>
+{{ figure_table(sites_caption, columns, [site_rows]) }}
+</details>
+{% endif %}
 {% endmacro %}
 
 {% macro settings(pairs) %}
@@ -162,8 +174,8 @@ footer { margin-top: 2.5rem; border-top: 1px solid var(--rule); padding-top: .8r
 {% endfor %}
 <dl class="cards">
 {% for card in cards %}
-<div><dt>{{ card.label }}</dt><dd class="figure">{% if card.note %}{{ na(card.note) }}
-{%- else %}{{ card.text }}{% endif %}</dd><dd>{{ card.detail }}</dd></div>
+<div><dt>{{ card.label }}</dt><dd class="figure">{{ figure(card) }}</dd>
+<dd>{{ card.detail }}</dd></div>
 {% endfor %}
 </dl>
 {% for title, text in notices %}
@@ -174,17 +186,14 @@ footer { margin-top: 2.5rem; border-top: 1px solid var(--rule); padding-top: .8r
 <main>
 <section aria-labelledby="results">
 <h2 id="results">Test results</h2>
-{% if few_sites %}
-{{ figure_table(table_caption, [summary_rows, site_rows]) }}
-{% else %}
-{{ figure_table(table_caption, [summary_rows]) }}
-<details><summary>Each of the {{ site_rows|length }} sites</summary>
-{{ figure_table("Test split, each site", [site_rows]) }}
-</details>
-{% endif %}
+{{ site_table(table_caption, "Test split, each site", columns, summary_rows, site_rows) }}
 {% for reason, letter in notes.items() %}
 <p class="small"><sup>{{ letter }}</sup> {{ reason }}</p>
 {% endfor %}
+
+<h3>Sensitivity by class</h3>
+{{ site_table("Test images of a class that the model recognised, of all of that class.",
+ "Sensitivity by class, each site", class_columns, class_summary_rows, class_site_rows) }}
 
 <h3>Confusion matrix, all sites pooled</h3>
 {% if confusion %}
@@ -245,10 +254,13 @@ row, which the shade shows. Outlined: correct.</p>
 {% endfor %}
 </ul>
 <figure>{{ partition.svg }}</figure>
-<details{% if few_sites %} open{% endif %}><summary>Number of images and patients</summary>
-<div class="scroll" tabindex="0" role="region" aria-label="Number of images and patients">
-<table><thead><tr><th scope="col" class="text">Site</th><th scope="col">Train</th>
-<th scope="col">Validation</th><th scope="col">Test</th><th scope="col">Patients</th></tr></thead>
+<details{% if few_sites %} open{% endif %}><summary>Number of {{ partition.what }}</summary>
+<div class="scroll" tabindex="0" role="region" aria-label="Number of {{ partition.what }}">
+<table><thead><tr><th scope="col" class="text">Site</th>
+{% for column in partition.columns %}
+<th scope="col">{{ column }}</th>
+{% endfor %}
+</tr></thead>
 <tbody>
 {% for row in partition.rows %}
 <tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>

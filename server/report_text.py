@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
+from server.metrics import MIN_INTERVAL_IMAGES, auc_error_text
 from server.report_files import Evaluation, History, Summary
-from strategies.evaluation import CALIBRATION_BINS, SCORE_BINS, SCORE_LIMIT
+from strategies.evaluation import CALIBRATION_BINS, SCORE_BINS
 
 TITLES = {
     "auc": "AUC",
@@ -23,13 +24,15 @@ TITLES = {
     "loss": "loss",
 }
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
+STRATEGIES = {"fedavg": "FedAvg", "fedprox": "FedProx"}
+NO_INTERVAL = "too few images of a class for an interval"
 
 
 def headline(summary: Summary, kind: str, num_sites: int) -> list[str]:
     """Say in plain words what came out."""
     pooled, worst, baseline = summary.pooled, summary.worst_site, summary.baselines.get("pooled")
     sentences = [
-        f"{summary.strategy} trained a classifier for {len(summary.classes)} classes "
+        f"{strategy_name(summary)} trained a classifier for {len(summary.classes)} classes "
         f"on {summary.dataset} across {plural(num_sites, kind)} in "
         f"{plural(summary.num_server_rounds, 'round')} ({duration(summary.seconds)})."
     ]
@@ -54,6 +57,11 @@ def headline(summary: Summary, kind: str, num_sites: int) -> list[str]:
             f"{or_na(baseline.balanced_accuracy)} on the same images."
         )
     return sentences
+
+
+def strategy_name(summary: Summary) -> str:
+    """Return the strategy as its authors write it."""
+    return STRATEGIES.get(summary.strategy, summary.strategy)
 
 
 def notices(summary: Summary) -> list[tuple[str, str]]:
@@ -110,19 +118,22 @@ def methods(summary: Summary) -> list[str]:
     errors = [e.auc_max_error for e in (summary.pooled, *summary.sites.values())]
     known = [error for error in errors if error is not None]
     bound = f"; here by at most {max(known):.4f}" if known else ""
+    equal = " With two classes the two are the same number." if len(summary.classes) == 2 else ""
     return [
         "Pooled figures come from counts added over the sites. They equal those of one evaluation "
         "of all images together.",
         "Macro averages: each class against the rest, then the mean over the classes with images "
         "in the set. The precision and F1 of a class that is never predicted are 0. Balanced "
-        "accuracy is the macro average of sensitivity.",
-        f"AUC is computed from histograms of {SCORE_BINS} bins of the log-odds from "
-        f"{-SCORE_LIMIT:g} to {SCORE_LIMIT:g}; it can differ from the exact one by half of the "
-        f"pairs that share a bin{bound}.",
+        "accuracy is the macro average of sensitivity. Macro averages of sensitivity and "
+        f"specificity hide which class is missed: see the sensitivity by class.{equal}",
+        f"AUC is computed from histograms of the log-odds with {SCORE_BINS} bins, narrowest around "
+        "even odds; it can differ from the exact one by half of the pairs that share a "
+        f"bin{bound}.",
         "The 95% interval is a percentile bootstrap over images with the number of each class "
         "fixed. It takes images as independent: several images of one patient make it too narrow. "
         "With more than two classes it is wider than 95% needs. It does not cover training again "
-        "or other hospitals.",
+        "or other hospitals. There is none where a class that is present has fewer than "
+        f"{MIN_INTERVAL_IMAGES} images.",
         f"ECE, the expected calibration error, uses {CALIBRATION_BINS} equal bins of the highest "
         "class probability. Loss is the unweighted cross-entropy in nats. Of both, lower is "
         "better.",
@@ -162,9 +173,19 @@ def interval_text(figures: Evaluation) -> str:
     return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
 
 
+def lacks_interval(figures: Evaluation) -> bool:
+    """Say whether an AUC has no interval because a class has too few images."""
+    if figures.auc is None or interval_text(figures):
+        return False
+    return any(0 < sum(row) < MIN_INTERVAL_IMAGES for row in figures.confusion or [])
+
+
 def _auc_words(figures: Evaluation) -> str:
+    auc = f"an AUC of {or_na(figures.auc)}{auc_error_text(figures.model_dump())}"
     interval = interval_text(figures)
-    return f"an AUC of {or_na(figures.auc)}" + (f" (95% interval {interval})" if interval else "")
+    if interval:
+        return f"{auc} (95% interval {interval})"
+    return f"{auc} ({NO_INTERVAL})" if lacks_interval(figures) else auc
 
 
 def plural(count: int, word: str) -> str:

@@ -82,7 +82,7 @@ def command(arguments: Sequence[str]) -> int:
         )
         data = experiment.prepare(scenario)
     else:
-        name = options.scenario or "quick"
+        name = "quick" if options.scenario is None else options.scenario
         scenario = read_scenario(name, _changes(options))
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = options.output or Path("runs") / f"{Path(name).stem}-{stamp}"

@@ -170,7 +170,8 @@ def test_a_missing_file_says_where_it_was_looked_for_and_how_to_get_it(tmp_path)
         find_npz("bloodmnist", 128, tmp_path)
     assert str(error.value) == f"file=bloodmnist_128.npz not found in {tmp_path}"
     for way in (
-        "download = true",
+        "in a file `download = true`",
+        "on the command line `--set data.download=true`",
         "zenodo.org",
         "bloodmnist_128.npz",
         "data-dir",

@@ -133,6 +133,19 @@ def test_a_zip_of_something_else_lacks_the_arrays(tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize("member", ["train_images", "train_images.npy", "test_labels.npy"])
+def test_a_member_that_is_no_array_is_named_in_one_line(tmp_path, member):
+    key = member.removesuffix(".npy")
+    contents = arrays()
+    del contents[key]
+    path = write(tmp_path / "toy.npz", contents)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(member, "a text\nof two lines")
+    with pytest.raises(DataError, match=rf"toy\.npz {key} expected an array") as error:
+        read(path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
 def test_a_truncated_file_is_refused_in_one_line(tmp_path, share):
     path = write(tmp_path / "toy.npz", arrays())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from client.data import registry
 from client.data.registry import load
@@ -83,6 +84,10 @@ def test_every_name_is_accepted():
         ),
         ({"dataset": "npz", "file": "x.npz"}, "dataset=npz expected file and classes"),
         ({"dataset": "npz", "classes": ["a"]}, "dataset=npz expected file and classes"),
+        (
+            {"dataset": "npz", "file": "x", "classes": ["a"]},
+            "^classes=a: expected at least two classes$",
+        ),
         ({"dataset": "octmnist", "image-size": 32}, "image-size=32 expected one of 28, 64, 128"),
         ({"image-size": 8}, "image-size=8 expected at least 16"),
     ],
@@ -96,6 +101,26 @@ def test_unknown_keys_and_values_out_of_range_are_refused():
     for table in ({"data_folder": "x"}, {"patients-per-site": 0}, {"seed": -1}):
         with pytest.raises(ValueError, match=next(iter(table))):
             source(**table)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, True) for key in ("patients-per-site", "seed", "image-size")),
+        *((key, "3") for key in ("patients-per-site", "seed", "image-size")),
+        *((key, 3.0) for key in ("patients-per-site", "seed", "image-size")),
+        *((key, value) for key in ("download", "allow-altered") for value in ("no", 0, 1)),
+    ],
+)
+def test_a_value_of_another_type_is_not_converted(key, value):
+    with pytest.raises(ValidationError, match=r"valid (integer|boolean)"):
+        source(**{"dataset": "breastmnist", key: value})
+
+
+def test_paths_and_lists_are_what_toml_has_for_them():
+    declared = source(dataset="npz", file="own.npz", classes=["a", "b"])
+    assert declared.file == Path("own.npz")
+    assert declared.classes == ("a", "b")
 
 
 def test_the_phantom_is_generated_for_the_sites_asked_for():
@@ -123,7 +148,7 @@ def test_file_examples_of_several_sites_wait_for_the_partition(own_file):
 
 
 def test_an_own_file_that_is_not_there_is_told(tmp_path):
-    declared = source(dataset="npz", file=str(tmp_path / "no.npz"), classes=["a"])
+    declared = source(dataset="npz", file=str(tmp_path / "no.npz"), classes=["a", "b"])
     with pytest.raises(DataError, match=r"no\.npz expected an existing npz file"):
         load(declared, ["A"])
 

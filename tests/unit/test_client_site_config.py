@@ -1,11 +1,13 @@
 """A site's file: relative paths are its own, wrong keys get the nearest name, addresses parse."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from client.site_config import SITES_VARIABLE, SiteConfig, is_loopback, read_site_config, site_file
 from strategies.errors import ConfigError, DataError
+from strategies.run_config import RunConfig
 
 MINIMAL = 'site = "A"\n[data]\ndataset = "phantom"\n'
 
@@ -78,12 +80,35 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(write, text, message, h
     [
         ("[data]\n", "A.toml: site is missing"),
         ('site = "A"\n', "A.toml: data is missing"),
-        ('site = "A"\ndata = 3\n', "A.toml: data=3: "),
+        ('site = "A"\ndata = 3\n', "A.toml: data=3: expected a table"),
+        ("limits = true\n" + MINIMAL, "A.toml: limits=True: expected a table"),
+        ("state-dir = 3\n" + MINIMAL, "A.toml: state-dir=3: expected a path"),
+        ("federation = 3\n" + MINIMAL, "A.toml: federation=3: expected text"),
+        ('num-threads = "2"\n' + MINIMAL, "A.toml: num-threads=2: expected a whole number"),
+        ("num-threads = true\n" + MINIMAL, "A.toml: num-threads=True: expected a whole number"),
+        (
+            "num-threads = 1025\n" + MINIMAL,
+            "A.toml: num-threads=1025: Input should be less than or equal to 1024",
+        ),
+        (MINIMAL + "file = 3\n", "A.toml: data.file=3: expected a path"),
+        (MINIMAL + 'classes = "a,b"\n', "A.toml: data.classes=a,b: expected a list"),
+        (MINIMAL + "patients-per-site = true\n", "data.patients-per-site=True: expected a whole"),
         ('site = "hospital a"\n[data]\n', "A.toml: site=hospital a: "),
         (f'site = "{"x" * 33}"\n[data]\n', "A.toml: site=xxx"),
         ('device = "tpu"\n' + MINIMAL, "A.toml: device=tpu: Input should be 'auto', 'cpu' or"),
         (MINIMAL + "[limits]\nmax-local-steps = 0\n", "A.toml: limits.max-local-steps=0: "),
-        (MINIMAL + '[limits]\nrequire-privacy = "maybe"\n', "limits.require-privacy=maybe: "),
+        (
+            MINIMAL + '[limits]\nrequire-privacy = "no"\n',
+            "require-privacy=no: expected true or false",
+        ),
+        (MINIMAL + "[limits]\nrequire-encryption = 0\n", "encryption=0: expected true or false"),
+        (MINIMAL + "[limits]\nmax-batch-size = 8.0\n", "batch-size=8.0: expected a whole number"),
+        (MINIMAL + '[limits]\nallowed-sizes = "nano"\n', "allowed-sizes=nano: expected a list"),
+        (MINIMAL + '[limits]\nallowed-sizes = ["huge"]\n', "limits.allowed-sizes.0=huge: Input"),
+        (
+            MINIMAL + '[limits]\nallowed-strategies = ["fedavg", "fedsgd"]\n',
+            "limits.allowed-strategies.1=fedsgd: Input should be 'fedavg' or 'fedprox'",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_its_file(write, text, message):
@@ -91,6 +116,16 @@ def test_a_wrong_value_is_named_with_its_file(write, text, message):
         read_site_config(write(text))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_limits_can_name_every_size_and_strategy(write):
+    run = RunConfig()
+    strategies = get_args(type(run.strategy).model_fields["name"].annotation)
+    sizes = (*get_args(type(run.model).model_fields["size"].annotation), "custom")
+    limits = f"allowed-strategies = {[*strategies]}\nallowed-sizes = {[*sizes]}\n"
+    config = read_site_config(write(f"{MINIMAL}[limits]\n{limits}"))
+    assert config.limits.allowed_strategies == strategies
+    assert config.limits.allowed_sizes == sizes
 
 
 def test_a_data_set_that_does_not_exist_is_refused(write):

@@ -91,11 +91,17 @@ def test_no_examples_have_no_metrics():
     assert auc_interval(EvaluationSums.zeros(3)) is None
 
 
-@given(st.integers(0, 2**32), st.integers(2, 4), st.sampled_from([0.02, 0.3, 1.0, 20.0]))
-@settings(max_examples=60, deadline=None)
-def test_auc_is_within_its_stated_error_of_the_pair_count(seed, c, scale):
+@given(
+    st.integers(0, 2**32),
+    st.integers(2, 4),
+    st.sampled_from([1e-4, 0.01, 0.1, 1.0, 10.0, 100.0]),
+    st.sampled_from([0.0, 0.02, -1.5]),
+)
+@settings(max_examples=100, deadline=None)
+def test_auc_is_within_its_stated_error_of_the_pair_count(seed, c, scale, bias):
     logits, labels = separated(seed, 60, c)
     logits = logits * scale
+    logits[:, 0] += bias
     labels[:c] = np.arange(c)
     figures = metrics(EvaluationSums.from_logits(logits, labels))
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -109,7 +115,7 @@ def test_auc_is_within_its_stated_error_of_the_pair_count(seed, c, scale):
 
 
 def test_auc_of_two_classes_is_the_usual_one():
-    # Log-odds of class 1 on the bins' centres, so nothing is lost: one of four pairs is a tie.
+    # Log-odds of class 1 far apart or equal, so nothing is lost: one of four pairs is a tie.
     logits = np.array([[0.0, -1.0], [0.0, 0.5], [0.0, 0.5], [0.0, 2.0]])
     figures = metrics(EvaluationSums.from_logits(logits, np.array([0, 0, 1, 1])))
     assert figures["auc"] == pytest.approx((1 + 1 + 0.5 + 1) / 4)
@@ -121,16 +127,26 @@ def test_a_model_that_says_the_same_of_all_has_an_auc_of_one_half():
     assert figures["auc"] == 0.5
 
 
-@pytest.mark.parametrize(("c", "sd", "most"), [(2, 1.0, 0.0015), (2, 0.5, 0.003), (5, 1.0, 0.001)])
-def test_the_number_of_bins_is_fine_enough(c, sd, most):
-    logits, labels = separated(5, 2000, c)
-    logits *= sd / 1.4  # log-odds of two independent unit normals have standard deviation 1.4
+@pytest.mark.parametrize("c", [2, 5])
+@pytest.mark.parametrize("margin", [0.0, 0.5, 2.5])
+@pytest.mark.parametrize("spread", [0.001, 0.01, 0.1, 1.0, 10.0])
+def test_the_bins_are_fine_enough_for_a_barely_and_a_fully_trained_model(c, margin, spread):
+    logits, labels = separated(5, 1000, c, margin)
+    logits *= spread / 1.4  # log-odds of two independent unit normals have standard deviation 1.4
     figures = metrics(EvaluationSums.from_logits(logits, labels))
     exact = []
     for k in range(c):
         rest = np.logaddexp.reduce(np.delete(logits, k, axis=1), axis=1)
         exact.append(pair_auc(logits[:, k] - rest, labels == k))
-    assert abs(figures["auc"] - np.mean(exact)) < most
+    assert abs(figures["auc"] - np.mean(exact)) < 0.002
+    assert figures["auc_max_error"] < 0.02
+
+
+def test_scores_that_crowd_far_from_zero_are_reported_as_uncertain():
+    logits, labels = separated(5, 1000, 2)
+    logits *= 0.001
+    logits[:, 1] += 2.0
+    assert metrics(EvaluationSums.from_logits(logits, labels))["auc_max_error"] > 0.1
 
 
 def test_counts_of_a_very_large_federation_do_not_overflow():
@@ -177,6 +193,38 @@ def test_interval_holds_the_auc_and_narrows_with_images_and_level():
 
     assert width(large) < width(small) / 2
     assert width(small, level=0.5) < width(small) / 2
+
+
+@pytest.mark.parametrize(("c", "few", "exists"), [(2, 5, True), (2, 4, False), (3, 4, False)])
+def test_an_interval_needs_five_images_of_every_class_that_is_present(c, few, exists):
+    labels = np.array([1] * few + [0] * 40)
+    logits = np.random.default_rng(7).normal(size=(len(labels), c))
+    sums = EvaluationSums.from_logits(logits, labels)
+    assert (auc_interval(sums, resamples=50) is not None) == exists
+    assert metrics(sums)["auc"] is not None
+
+
+def test_a_class_without_images_does_not_stop_the_interval():
+    logits, labels = separated(8, 60, 3)
+    labels[labels == 2] = 0
+    assert auc_interval(EvaluationSums.from_logits(logits, labels), resamples=50) is not None
+
+
+def test_interval_of_more_classes_is_wider_than_a_resampling_of_the_images():
+    logits, labels = separated(9, 400, 4)
+    low, high = auc_interval(EvaluationSums.from_logits(logits, labels), resamples=300)
+    generator = np.random.default_rng(10)
+    draws = []
+    for _ in range(300):
+        drawn = np.concatenate(
+            [
+                generator.choice(own, len(own))
+                for own in (np.flatnonzero(labels == k) for k in range(4))
+            ]
+        )
+        draws.append(metrics(EvaluationSums.from_logits(logits[drawn], labels[drawn]))["auc"])
+    joint_low, joint_high = np.quantile(draws, [0.025, 0.975])
+    assert low < joint_low < joint_high < high
 
 
 def test_interval_is_reproducible_and_follows_its_seed():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from pathlib import Path
 
 import pytest
 
 from fakes.report_files import FILES, render, visible, write_files
+from server.command import result_lines
 from server.report import write_report
 from strategies.errors import ConfigError
 
@@ -25,7 +28,7 @@ def test_says_first_what_came_out(plain):
     pooled, worst = summary["pooled"], summary["worst_site"]
     below = pooled["balanced_accuracy"] - worst["balanced_accuracy"]
     assert (
-        "fedavg trained a classifier for 3 classes on phantom across 4 simulated sites in 6 rounds "
+        "FedAvg trained a classifier for 3 classes on phantom across 4 simulated sites in 6 rounds "
         f"(2 min 13 s). On 530 test images of all sites, the model of round 5 reached an AUC of "
         f"{pooled['auc']:.3f} (95% interval {pooled['auc_low_95']:.3f} to "
         f"{pooled['auc_high_95']:.3f}) and a balanced accuracy of "
@@ -39,14 +42,89 @@ def test_says_first_what_came_out(plain):
     assert "model of round 5 of 6, chosen by its AUC (0.912) on validation images" in words
 
 
-def test_the_table_has_every_site_the_pool_the_worst_and_the_baseline(plain):
+def test_strategies_are_written_as_their_authors_do(tmp_path):
+    _, words = render(tmp_path, lambda files: files["summary.json"].update(strategy="fedprox"))
+    assert "phantom: FedProx across 4 simulated sites" in words
+    assert "FedProx trained a classifier" in words
+
+
+def test_the_table_has_the_pool_the_baseline_and_every_site_once_with_the_worst_marked(plain):
     page, _ = plain
-    table = page[page.index('class="figures"') : page.index("Confusion matrix, all")]
-    labels = re.findall(r'<th scope="row">([^<]+)', table)
-    assert labels == ["All sites", "D", "Pooled training", "A", "B", "C", "D"]
+    table = page[page.index('class="figures"') : page.index("Sensitivity by class")]
+    labels = re.findall(r'<th scope="row">([^<]+)(?:<small>([^<]+))?', table)
+    assert labels == [
+        ("All sites", "pooled"),
+        ("Pooled training", "baseline"),
+        *[("A", ""), ("B", ""), ("C", ""), ("D", "worst site")],
+    ]
+    for title in ("Macro sensitivity", "Macro specificity", "Macro precision", "Macro F1"):
+        assert f"{title}<" in table
     for figures in (FILES["summary.json"]["pooled"], FILES["summary.json"]["sites"]["B"]):
         for name in ("auc", "balanced_accuracy", "specificity", "precision", "f1", "ece", "loss"):
             assert f"{figures[name]:.3f}" in table
+
+
+def test_each_class_has_its_sensitivity_and_number_of_images_by_site(tmp_path):
+    def change(files):
+        summary = files["summary.json"]
+        summary["pooled"]["confusion"] = [[1200, 300, 0], [0, 7, 3], [34, 0, 8]]
+        summary["sites"]["A"]["confusion"] = [[3, 0, 0], [0, 0, 0], [1, 0, 2]]
+        summary["sites"]["B"]["confusion"] = None
+
+    page, words = render(tmp_path, change)
+    table = words[words.index("Sensitivity by class Test images") :]
+    assert (
+        "normal benign malignant All sites pooled 80% 1,200 of 1,500 70% 7 of 10 19% 8 of 42"
+        in (table)
+    )
+    assert " A 100% 3 of 3 n/a no images 67% 2 of 3 B n/a a n/a a n/a a C " in table
+    assert "a Not recorded in the summary of this run." in words
+    assert page.count("Pooled training") == 2
+
+
+def test_an_auc_of_few_images_of_a_class_has_no_interval_and_says_so(tmp_path):
+    def change(files):
+        summary = files["summary.json"]
+        none = {"auc_low_95": None, "auc_high_95": None}
+        summary["pooled"].update(none, auc=0.8, confusion=[[90, 0, 0], [9, 9, 9], [1, 0, 3]])
+        summary["sites"]["A"].update(none, auc=0.7, confusion=[[90, 0, 0], [0, 0, 0], [1, 0, 4]])
+
+    _, words = render(tmp_path, change)
+    assert "an AUC of 0.800 (too few images of a class for an interval)" in words
+    assert "Test AUC, all sites pooled 0.800 a too few images of a class for an interval" in words
+    assert "a Too few images of a class for an interval." in words
+    assert re.search(r" A 0\.700 0\.\d{3} ", words)  # no interval, for another reason
+
+
+def test_an_uncertain_auc_shows_its_error_in_the_headline_only(tmp_path, plain):
+    _, words = plain
+    assert "±" not in words
+
+    def change(files):
+        summary = files["summary.json"]
+        summary["pooled"].update(auc=0.553, auc_max_error=0.0131)
+        summary["baselines"]["pooled"].update(auc=0.61, auc_max_error=0.01)
+
+    _, words = render(tmp_path, change)
+    assert "an AUC of 0.553±0.02 (95% interval" in words
+    assert "one place reached an AUC of 0.610 (95% interval" in words
+    assert words.count("±") == 1
+
+
+def test_printed_lines_show_an_uncertain_auc_and_stay_aligned():
+    summary = copy.deepcopy(FILES["summary.json"])
+    certain = result_lines(summary, Path("run")).splitlines()
+    assert "±" not in "".join(certain)
+    assert {len(line) for line in certain[:7]} == {101}
+
+    summary["sites"]["B"].update(auc=0.553, auc_max_error=0.0131)
+    summary["sites"]["C"].update(auc=None, auc_max_error=None)
+    lines = result_lines(summary, Path("run")).splitlines()
+    assert {len(line) for line in lines[:7]} == {101}
+    assert "0.553±0.02" in lines[3]
+    assert "".join(lines).count("±") == 1
+    points = [line.index(".") for line in (*lines[1:4], *lines[5:7])]
+    assert len(set(points)) == 1
 
 
 def test_confusion_matrix_has_counts_and_shares_of_the_row(tmp_path):
@@ -208,6 +286,7 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         ("summary.json", {"selection": {"split": "val"}}, "selection.metric is missing"),
         ("summary.json", {"seconds": "long"}, "seconds=long: Input should be a valid number"),
         ("summary.json", {"classes": ["a", "b"]}, "pooled.confusion: expected 2 rows and columns"),
+        ("summary.json", {"sites": {"A": {"confusion": [[1]]}}}, "sites.A.confusion: expected 3"),
         ("summary.json", {"classes": []}, "classes"),
         ("partition.json", {"classes": ["a"]}, "sites.A: expected 1 counts per split"),
         ("partition.json", {"sites": {}}, "sites"),

@@ -11,6 +11,8 @@ from server.figures import Series, curves
 from server.report import write_report
 from server.report_files import scrub
 
+SPLITS = ("train", "val", "test")
+
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> tuple[str, str]:
@@ -23,8 +25,18 @@ def plain(tmp_path_factory) -> tuple[str, str]:
 def test_partition_has_a_bar_and_numbers_for_each_site(plain):
     page, words = plain
     assert "dirichlet, alpha=0.5" in words
-    assert "A 1,040 240 240 480" in words
+    assert "Site Train Validation Test Patients A 1,040 240 240 480" in words
     assert "Training images of each site by class: A 1,040, B 397, C 720, D 183." in page
+
+
+def test_patients_are_not_counted_where_each_image_is_its_own(tmp_path):
+    def change(files):
+        for counts in files["partition.json"]["sites"].values():
+            counts["num_patients"] = sum(map(sum, (counts[name] for name in SPLITS)))
+
+    _, words = render(tmp_path, change, charts=True)
+    assert "Number of images Site Train Validation Test A 1,040 240 240 B " in words
+    assert "Patients" not in words
 
 
 def test_many_sites_stay_readable(tmp_path):
@@ -48,7 +60,9 @@ def test_many_sites_stay_readable(tmp_path):
 
     page, words = render(tmp_path, change, charts=True)
     assert "range of the 59 other sites" in words
-    assert "<summary>Each of the 60 sites</summary>" in page
+    assert page.count("<summary>Each of the 60 sites</summary>") == 2
+    above = page[page.index('class="figures"') : page.index("<summary>Each of the 60 sites")]
+    assert "site-7<small>worst site</small>" in above
     assert "60 sites with 1,040 to 1,040 each" in page
     assert len(page) < 150_000
 

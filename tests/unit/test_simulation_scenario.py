@@ -1,6 +1,7 @@
 """What is shipped loads, changes land where they belong, mistakes get the nearest name."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +87,50 @@ def test_baselines_can_be_asked_for_on_the_command_line():
     assert read("breastmnist", "federation.baselines=").federation.baselines == ()
 
 
+def test_text_of_the_command_line_gets_its_settings_type():
+    changed = read(
+        "quick",
+        "federation.dirichlet-alpha=1",
+        "dataset=breastmnist",
+        "data.dataset=breastmnist",
+        "data.patients-per-site=40",
+        "data.image-size=64",
+        "data.download=True",
+        "data.data-dir=2024",
+    )
+    assert changed.federation.dirichlet_alpha == 1.0
+    assert changed.data.image_size == 64
+    assert changed.data.download is True
+    assert changed.data.data_dir == Path("2024")
+
+
+def test_lists_on_the_command_line_are_separated_by_commas():
+    words = ("data.dataset=npz", "data.patients-per-site=40", "data.file=own.npz")
+    assert read("quick", *words, "data.classes= no, yes ").data.classes == ("no", "yes")
+
+
+def test_paths_in_a_file_are_relative_to_it(write, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    text = '[data]\ndataset = "npz"\nfile = "own/a.npz"\nclasses = ["x", "y"]\n'
+    assert read(write(text)).data.file == tmp_path / "own/a.npz"
+    text = '[data]\ndataset = "breastmnist"\ndata-dir = "{}"\n[run]\ndataset = "breastmnist"\n'
+    assert read(write(text.format("files"))).data.data_dir == tmp_path / "files"
+    assert read(write(text.format("/srv"))).data.data_dir == Path("/srv")
+    monkeypatch.setenv("HOME", "/home/researcher")
+    assert read(write(text.format("~/d"))).data.data_dir == Path("/home/researcher/d")
+
+
+def test_a_path_in_a_file_does_not_depend_on_the_working_directory(write, tmp_path, monkeypatch):
+    write('[data]\ndataset = "npz"\nfile = "a.npz"\nclasses = ["x", "y"]\n')
+    monkeypatch.chdir(tmp_path)
+    assert read("mine.toml").data.file == tmp_path / "a.npz"
+
+
+def test_paths_on_the_command_line_are_relative_to_the_working_directory(write):
+    name = write('[data]\ndataset = "npz"\nfile = "a.npz"\nclasses = ["x", "y"]\n')
+    assert read(name, "data.file=b.npz").data.file == Path("b.npz")
+
+
 def test_a_file_of_ones_own_is_a_scenario(write):
     name = write('[federation]\nnum-sites = 2\nbaselines = ["pooled"]\n[run]\nseed = 3\n')
     scenario = read(name)
@@ -96,6 +141,12 @@ def test_a_file_of_ones_own_is_a_scenario(write):
 
 
 # --- mistakes
+
+
+def test_an_empty_name_is_no_scenario():
+    with pytest.raises(ConfigError, match=r"^scenario=: expected a shipped scenario") as error:
+        read("")
+    assert "quick" in error.value.hint
 
 
 @pytest.mark.parametrize(("name", "hint"), [("quik", "did you mean quick?"), ("zzzz", "valid: ")])
@@ -126,8 +177,39 @@ def test_an_unknown_key_gets_the_nearest_name(assignment, message, hint):
 
 
 @pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("seed = 3\n", "unknown key seed=3", "put it under [run]"),
+        ("num-server-rounds = 3\n", "unknown key num-server-rounds=3", "put it under [run]"),
+        ('dataset = "npz"\n', "unknown key dataset=npz", "put it under [run]"),
+        ('[model]\nsize = "nano"\n', "unknown key model.size=nano", "put it under [run]"),
+        ('[model]\nsise = "nano"\n', "unknown key model.sise=nano", "put it under [run]"),
+        ("num-sites = 3\n", "unknown key num-sites=3", "did you mean federation.num-sites?"),
+        ("patients-per-site = 3\n", "unknown key", "did you mean data.patients-per-site?"),
+        ("num_server_rounds = 3\n", "unknown key", "did you mean run.num-server-rounds?"),
+        ('descripton = "x"\n', "unknown key descripton=x", "did you mean description?"),
+        ("zzzz = 3\n", "unknown key zzzz=3", "valid: data.allow-altered, "),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_told_where_it_belongs(write, text, message, hint):
+    with pytest.raises(ConfigError) as error:
+        read(write(text))
+    assert str(error.value).startswith(message)
+    assert error.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("[federation]\nnum-sites = true\n", "num-sites=True: expected a whole number"),
+        ('[federation]\nnum-sites = "5"\n', "num-sites=5: expected a whole number"),
+        ("[federation]\nmin-examples = 2.0\n", "min-examples=2.0: expected a whole number"),
+        ('[federation]\ndirichlet-alpha = "1"\n', "dirichlet-alpha=1: expected a number"),
+        ('[federation]\nbaselines = "pooled"\n', "baselines=pooled: expected a list"),
+        ("[data]\npatients-per-site = true\n", "patients-per-site=True: expected a whole number"),
+        ("[data]\ndata-dir = 3\n", "data.data-dir=3: expected a path"),
+        ("[data]\nclasses = 3\n", "data.classes=3: expected a list"),
+        ("description = 3\n", "description=3: expected text"),
         ("[federaton]\nnum-sites = 2\n", "unknown key federaton.num-sites=2"),
         ("[run.modle]\nsize = 'nano'\n", "unknown key modle.size=nano"),
         ("federation = 3\n", "unknown key federation=3"),
@@ -143,8 +225,10 @@ def test_a_file_with_a_mistake_is_refused_in_one_line(write, text, message):
 
 
 def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"absent\.toml is not known"):
+    with pytest.raises(ConfigError) as error:
         read(str(tmp_path / "absent.toml"))
+    assert str(error.value) == f"scenario={tmp_path / 'absent.toml'}: no such file"
+    assert not any(name in error.value.hint for name in names())
     (tmp_path / "folder.toml").mkdir()
     with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
         read(str(tmp_path / "folder.toml"))
@@ -157,7 +241,14 @@ def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path):
     ("assignment", "message"),
     [
         ("federation.num-sites=0", "federation.num-sites=0: Input should be greater than 0"),
-        ("federation.num-sites=many", "federation.num-sites=many: Input should be a valid int"),
+        ("federation.num-sites=many", "federation.num-sites=many: expected a whole number"),
+        ("federation.num-sites=true", "federation.num-sites=true: expected a whole number"),
+        ("federation.num-sites=2.5", "federation.num-sites=2.5: expected a whole number"),
+        ("federation.num-sites=1001", "num-sites=1001: Input should be less than or equal to 1000"),
+        ("federation.dirichlet-alpha=x", "federation.dirichlet-alpha=x: expected a number"),
+        ("data.patients-per-site=x", "data.patients-per-site=x: expected a whole number"),
+        ("data.image-size=true", "data.image-size=true: expected a whole number"),
+        ("data.download=yes", "data.download=yes: expected true or false"),
         ("federation.dirichlet-alpha=nan", "federation.dirichlet-alpha=nan: "),
         ("federation.dirichlet-alpha=0", "federation.dirichlet-alpha=0: Input should be greater"),
         ("federation.partition=random", "federation.partition=random: Input should be "),
@@ -176,6 +267,25 @@ def test_a_value_out_of_bounds_is_named(assignment, message):
 def test_a_quorum_of_more_sites_than_there_are_is_refused():
     with pytest.raises(ConfigError, match=r"min-sites=4 is more than federation\.num-sites=3"):
         read("quick", "strategy.min-sites=4")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "run", "data"),
+    [
+        ("dataset=breastmnist", "breastmnist", "phantom"),
+        ("data.dataset=breastmnist", "phantom", "breastmnist"),
+    ],
+)
+def test_run_and_data_name_the_same_data_set(write, assignment, run, data):
+    with pytest.raises(ConfigError) as error:
+        read(write(""), assignment)
+    assert str(error.value) == f"run.dataset={run}: expected data.dataset={data}"
+    assert "`--set dataset=X` and `--set data.dataset=X`" in error.value.hint
+
+
+def test_an_npz_file_may_stand_for_any_data_set(write):
+    text = '[data]\ndataset = "npz"\nfile = "a.npz"\nclasses = ["x", "y"]\n'
+    assert read(write(text), "dataset=breastmnist").run.dataset == "breastmnist"
 
 
 def test_a_data_set_that_does_not_exist_is_refused():
@@ -197,7 +307,10 @@ def test_an_assignment_without_a_value_is_refused():
         {},
         {"federation": {"num-sites": 5, "baselines": ["pooled"]}, "run": {"seed": 9}},
         {"data": {"dataset": "npz", "file": "own.npz", "classes": ["x", "y"]}},
-        {"data": {"dataset": "breastmnist", "data-dir": "DATA", "image-size": 64}},
+        {
+            "data": {"dataset": "breastmnist", "data-dir": "DATA", "image-size": 64},
+            "run": {"dataset": "breastmnist"},
+        },
     ],
 )
 def test_what_config_json_keeps_gives_the_scenario_back(scenario):

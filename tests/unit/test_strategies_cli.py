@@ -144,6 +144,25 @@ def test_a_wrong_command_line_reads_like_every_other_error(capsys):
     ]
 
 
+def test_an_abbreviated_option_is_unknown(capsys):
+    def command(arguments):
+        parser = cli.Parser(prog="python -m client")
+        parser.add_argument("--insecure", action="store_true")
+        commands = parser.add_subparsers(dest="command")
+        commands.add_parser("audit").add_argument("--verify", action="store_true")
+        parser.parse_args(arguments)
+        return 0
+
+    assert exit_code(command, "--insecure", "audit", "--verify") == 0
+    assert exit_code(command, "--insecur") == 2
+    assert exit_code(command, "audit", "--verif") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert errors == [
+        "error: unrecognized arguments: --insecur",
+        "error: unrecognized arguments: --verif",
+    ]
+
+
 def test_help_is_no_error(capsys):
     def command(arguments):
         cli.Parser(prog="python -m server", description="The coordinator.").parse_args(arguments)

@@ -11,16 +11,34 @@ from flwr.app import MetricRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strategies import evaluation
 from strategies.errors import DataError, ProtocolError
 from strategies.evaluation import (
     CALIBRATION_BINS,
     QUANTUM,
     SCORE_BINS,
+    SCORE_LIMIT,
+    SCORE_SCALE,
     EvaluationSums,
     metric_keys,
 )
 
 MIDDLE = SCORE_BINS // 2
+
+
+def bin_of(score: float) -> int:
+    """The documented formula, for scores that are not on the edge of a bin."""
+    step = math.asinh(SCORE_LIMIT / SCORE_SCALE) / MIDDLE
+    return MIDDLE + max(-MIDDLE, min(MIDDLE, round(math.asinh(score / SCORE_SCALE) / step)))
+
+
+def bins_used(scores: np.ndarray) -> list[int]:
+    """The bins of one score each, by way of a binary task."""
+    found = [
+        EvaluationSums.from_logits(np.array([[0.0, score]]), np.array([1])).scores[1, 1]
+        for score in scores
+    ]
+    return [int(np.flatnonzero(histogram)[0]) for histogram in found]
 
 
 def draw(seed: int, n: int, c: int) -> tuple[np.ndarray, np.ndarray]:
@@ -34,9 +52,9 @@ def test_counts_a_hand_made_batch():
 
     assert sums.num_examples == 3
     assert sums.confusion.tolist() == [[1, 0], [1, 1]]
-    # Log-odds of class 1 are -2 (negative), 1 and -3 (positives); a bin is 1/16 wide.
-    assert np.flatnonzero(sums.scores[1, 0]).tolist() == [MIDDLE - 32]
-    assert np.flatnonzero(sums.scores[1, 1]).tolist() == [MIDDLE - 48, MIDDLE + 16]
+    # Log-odds of class 1 are -2 (negative), 1 and -3 (positives).
+    assert np.flatnonzero(sums.scores[1, 0]).tolist() == [bin_of(-2)]
+    assert np.flatnonzero(sums.scores[1, 1]).tolist() == [bin_of(-3), bin_of(1)]
     assert sums.scores.sum(axis=2).tolist() == [[2, 1], [1, 2]]
     expected_loss = math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)) + math.log1p(math.exp(3))
     assert sums.loss_sum == pytest.approx(expected_loss, abs=3 * QUANTUM)
@@ -48,13 +66,40 @@ def test_counts_a_hand_made_batch():
     assert confidence[bins] == pytest.approx(sigmoid, abs=QUANTUM)
 
 
-def test_log_odds_of_three_classes_are_those_of_the_softmax_probability():
+def test_bins_follow_the_documented_formula_and_their_order_that_of_the_scores():
+    generator = np.random.default_rng(0)
+    scores = np.sort(generator.normal(size=400) * 10.0 ** generator.uniform(-6, 3, 400))
+    found = bins_used(scores)
+    assert found == [bin_of(score) for score in scores]
+    assert found == sorted(found)
+    assert bins_used(np.array([-1e30, -0.0, 0.0, 1e30])) == [0, MIDDLE, MIDDLE, SCORE_BINS - 1]
+
+
+def test_bins_are_as_narrow_as_documented():
+    scores = 10.0 ** np.random.default_rng(1).uniform(-6, 1.75, 400)
+    assert bins_used(np.array([-5e-5, 5e-5])) == [MIDDLE - 1, MIDDLE + 1]
+    assert all(np.diff(np.stack([bins_used(scores), bins_used(1e-4 + 1.045 * scores)]), axis=0)[0])
+
+
+def test_edges_mirror_each_other_and_lie_on_nine_decimals():
+    edges = evaluation._EDGES
+    assert [edges[0], edges[-1]] == [4.3232e-05, 62.631513081]
+    assert bins_used(-edges[::50]) == [SCORE_BINS - 1 - found for found in bins_used(edges[::50])]
+
+
+def test_a_model_that_prefers_no_class_scores_zero_whatever_the_number_of_classes():
+    for c in (2, 3, 9):
+        scores = EvaluationSums.from_logits(np.zeros((c, c)), np.arange(c)).scores
+        assert scores[:, :, MIDDLE].sum() == c * c
+
+
+def test_scores_of_three_classes_rank_as_the_softmax_probability():
     logits = np.array([[0.3, -0.7, 1.1]])
     probability = np.exp(logits[0]) / np.exp(logits[0]).sum()
     sums = EvaluationSums.from_logits(logits, np.array([2]))
     for k, p in enumerate(probability):
         assert np.flatnonzero(sums.scores[k].sum(axis=0)).tolist() == [
-            round(math.log(p / (1 - p)) * 16) + MIDDLE
+            bin_of(math.log(p / (1 - p)) + math.log(2))
         ]
 
 
@@ -80,7 +125,7 @@ def test_survive_the_way_through_a_flower_record(seed, n, c):
 
 def test_two_classes_are_exact_mirror_images():
     logits, labels = draw(0, 500, 2)
-    logits[:100] = np.round(logits[:100] * 32) / 32  # many scores exactly between two bins
+    logits[:100] /= 1e4
     logits[:10] = 0.0
     scores = EvaluationSums.from_logits(logits, labels).scores
     assert np.array_equal(scores[0], scores[1, ::-1, ::-1])

@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import math
 import string
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from strategies.errors import ConfigError
 from strategies.run_config import (
     METRIC_NAMES,
     RunConfig,
     Section,
+    TrainingSection,
+    explain,
     flatten,
+    natural,
     parse_assignments,
     unflatten,
 )
@@ -84,15 +88,17 @@ def test_a_section_is_not_a_setting():
     ("key", "bad", "expected"),
     [
         ("num-server-rounds", 0, "greater than 0"),
-        ("num-server-rounds", 7.5, "valid integer"),
-        ("num-server-rounds", "many", "valid integer"),
+        ("num-server-rounds", 7.5, "expected a whole number"),
+        ("num-server-rounds", "many", "expected a whole number"),
         ("seed", -1, "greater than or equal to 0"),
         ("seed", 2**63, "less than 9223372036854775808"),
+        ("seed", True, "expected a whole number"),
         ("dataset", "", "at least 1 character"),
         ("model.size", "huge", "'nano', 'tiny', 'small' or 'base'"),
         ("model.num-classes", 1, "greater than or equal to 2"),
         ("model.in-channels", 2, "1 or 3"),
         ("model.image-size", 15, "greater than or equal to 16"),
+        ("model.image-size", 4097, "less than or equal to 4096"),
         ("model.patch-size", 0, "greater than 0"),
         ("model.norm", "layer", "'batch' or 'group'"),
         ("model.small-images", "crop", "'resize' or 'pad'"),
@@ -102,17 +108,23 @@ def test_a_section_is_not_a_setting():
         ("model.depths", "2,0", "positive integers"),
         ("model.dims", "16,,32", "positive integers"),
         ("training.learning-rate", 0.0, "greater than 0"),
+        ("training.learning-rate", 1000.5, "less than or equal to 1000"),
+        ("training.learning-rate", True, "expected a number"),
+        ("training.learning-rate", "fast", "expected a number"),
         ("training.learning-rate", math.nan, "finite number"),
         ("training.learning-rate", math.inf, "finite number"),
         ("training.weight-decay", -0.1, "greater than or equal to 0"),
         ("training.schedule", "linear", "'cosine' or 'constant'"),
         ("training.batch-size", 0, "greater than 0"),
+        ("training.batch-size", 1_000_001, "less than or equal to 1000000"),
         ("training.local-epochs", 0, "greater than 0"),
         ("training.local-steps", -1, "greater than or equal to 0"),
         ("training.class-weights", "balanced", "'inverse-frequency'"),
         ("training.effective-number-beta", 1.0, "less than 1"),
         ("training.focal-gamma", -1.0, "greater than or equal to 0"),
-        ("training.augment", "maybe", "valid boolean"),
+        ("training.augment", "maybe", "expected true or false"),
+        ("training.augment", 1, "expected true or false"),
+        ("training.augment", "yes", "expected true or false"),
         ("strategy.name", "fedsgd", "'fedavg' or 'fedprox'"),
         ("strategy.proximal-mu", -0.1, "greater than or equal to 0"),
         ("strategy.min-sites", 0, "greater than 0"),
@@ -128,6 +140,65 @@ def test_a_value_out_of_bounds_is_refused_with_its_dotted_key(key, bad, expected
     message = str(refusal({key: bad}))
     assert message.startswith(f"{key}={bad}: ")
     assert expected in message
+
+
+def test_the_upper_bounds_themselves_pass():
+    run = RunConfig.parse(
+        {
+            "model.image-size": 4096,
+            "training.learning-rate": 1000,
+            "training.batch-size": 1_000_000,
+        }
+    )
+    assert run.model.image_size == 4096
+    assert run.training.learning_rate == 1000
+    assert run.training.batch_size == 1_000_000
+
+
+def test_a_whole_number_is_a_number():
+    assert RunConfig.parse({"training.weight-decay": 0, "strategy.wait-seconds": "5"})
+
+
+def test_wrong_types_are_explained_in_plain_words():
+    class Table(Section):
+        path: Path = Field(default=Path(), strict=False)
+        items: tuple[str, ...] = Field(default=(), strict=False)
+        part: TrainingSection = TrainingSection()
+        flag: bool = False
+        count: int = 0
+        rate: float = 0.0
+        text: str = ""
+
+    found = {}
+    for name in Table.model_fields:
+        with pytest.raises(ValidationError) as caught:
+            Table.model_validate({name: None})
+        found[name] = explain(caught.value)
+    assert found == {
+        "path": "path=None: expected a path",
+        "items": "items=None: expected a list",
+        "part": "part=None: expected a table",
+        "flag": "flag=None: expected true or false",
+        "count": "count=None: expected a whole number",
+        "rate": "rate=None: expected a number",
+        "text": "text=None: expected text",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "expected"),
+    [
+        ("3", int, 3),
+        ("1e-3", float, 1e-3),
+        ("3", float, 3),
+        ("TRUE", bool, True),
+        ("3", str, "3"),
+        ("true", Path, "true"),
+    ],
+)
+def test_a_text_gets_the_type_of_its_setting(text, kind, expected):
+    found = natural("key", text, kind)
+    assert (found, type(found)) == (expected, type(expected))
 
 
 def test_true_is_not_a_number():
@@ -262,7 +333,7 @@ def run_values(draw) -> dict[str, object]:
     stages = draw(st.integers(0, 4))
     patch = draw(st.integers(1, 8))
     name = draw(st.sampled_from(["fedavg", "fedprox"]))
-    positive = st.floats(1e-9, 1e9)
+    positive = st.floats(1e-9, 1e3)
     smallest = patch * 2 ** ((stages or 4) - 1)
     return {
         "dataset": draw(st.text(min_size=1, max_size=9)),

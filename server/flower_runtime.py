@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 CLAIM_SECONDS = 30.0
 RECONNECT_SECONDS = 90.0  # flower-superlink gives a run up after 60 s without a sign of life
+GOODBYE_SECONDS = 5.0
 
 
 def superlink_command(*, port: int, secret_file: Path, database: Path) -> list[str]:
@@ -198,6 +199,7 @@ def _serve(address: str, token: str, run: RunConfig, main: Callable[[Grid, Conte
         details = type(error).__name__
         raise
     finally:
+        grid._retry_invoker.max_time = GOODBYE_SECONDS
         try:
             client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=details))
         except (httpx.HTTPError, RunNotRunningException):

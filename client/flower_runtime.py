@@ -10,7 +10,6 @@ All private Flower names of this package are in this file (checked against flwr 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import logging
 import os
 import secrets
@@ -41,7 +40,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 from client.app import app
 from client.site import Site, register
 from strategies.errors import ConfigError, FederationError
-from strategies.files import write_atomic
+from strategies.files import held, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,12 @@ def run_node(site: Site) -> None:
         FederationError: The SuperNode ended without being asked to.
     """
     register(site)
-    with _alone(site.config.state_dir):
+    state_dir = site.config.state_dir
+    refusal = ConfigError(
+        f"state-dir={state_dir} is in use: this site is running already",
+        hint="stop the other `python -m client` first",
+    )
+    with held(state_dir / "node.lock", refusal):
         _serve(site)
 
 
@@ -162,24 +166,6 @@ class _Connection:
                 self._site.name,
                 self._site.config.superlink,
             )
-
-
-@contextmanager
-def _alone(state_dir: Path) -> Generator[None]:
-    """Hold the site's state for this process alone.
-
-    Raises:
-        ConfigError: Another process holds it.
-    """
-    with (state_dir / "node.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"state-dir={state_dir} is in use: this site is running already",
-                hint="stop the other `python -m client` first",
-            ) from None
-        yield
 
 
 @contextmanager

@@ -51,12 +51,9 @@ def run(request: Request) -> int:
     """Host one run in the foreground, write its directory, print the result."""
     keys = read_public_keys(request.site_keys)
     if request.resume is not None:
-        directory = RunDirectory.open(request.resume)
-        summary = directory.summary()
-        if summary is not None:  # only the report is missing
-            write_report(directory.path)
-            print(result_lines(summary, directory.path))
-            return 0
+        finished = RunDirectory.open(request.resume).summary()
+        if finished is not None:  # only the report is missing
+            return finish(request.resume, finished)
     open_directory, config, run_uuid, federation = (
         _resumed(request) if request.resume is not None else _new(request, keys)
     )
@@ -67,10 +64,16 @@ def run(request: Request) -> int:
         with directory.session():
             summary = run_app(grid, context, Settings(directory, federation, run_uuid, keys))
         directory.write_summary(summary)
-        write_report(directory.path)
-        print(result_lines(summary, directory.path))
+        finish(directory.path, summary)
 
     host_run(request.address, request.secret_file, config, main)
+    return 0
+
+
+def finish(path: Path, summary: Mapping[str, Any]) -> int:
+    """Write a run's report and print its last lines; returns the exit code."""
+    write_report(path)
+    print(result_lines(summary, path))
     return 0
 
 

@@ -7,7 +7,6 @@ only paths in it are those a person typed, in ``config.json``; the report shows 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from strategies.errors import CheckpointError, ConfigError
-from strategies.files import append_line, write_atomic
+from strategies.files import append_line, held, write_atomic
 
 CONFIG, HISTORY, SUMMARY, LOG = "config.json", "history.jsonl", "summary.json", "log.txt"
 MODEL, REPORT, CHECKPOINTS = "model.safetensors", "report.html", "checkpoints"
@@ -128,16 +127,12 @@ class RunDirectory:
             raise CheckpointError(
                 f"{self.path / CHECKPOINTS} is missing", hint="restore it, or start a new run"
             )
-        with (self.path / LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"output={self.path} is in use by another process",
-                    hint="wait for it or stop it first",
-                ) from None
-            with self._logging():
-                yield
+        refusal = ConfigError(
+            f"output={self.path} is in use by another process",
+            hint="wait for it or stop it first",
+        )
+        with held(self.path / LOCK, refusal), self._logging():
+            yield
 
     @contextmanager
     def _logging(self) -> Generator[None]:

@@ -25,7 +25,6 @@ from client.site_config import Limits, SiteConfig
 from client.train import batches
 from medmamba.scan import active_backend
 from server.app import run_app
-from server.report import write_report
 from server.rounds import Settings, check
 from server.run_directory import SUMMARY, RunDirectory, provenance, read_json, to_json
 from simulation.grid import RUN_ID, SERVER_NODE_ID, Fault, LocalGrid, no_fault
@@ -148,7 +147,6 @@ def execute(
             "pooled": _pooled_training(directory, scenario, data, run_uuid, on_reply)
         }
     directory.write_summary(summary)
-    write_report(directory.path)
     return summary
 
 

@@ -54,8 +54,7 @@ def parser() -> cli.Parser:
 def command(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code."""
     options = parser().parse_args(arguments)
-    from server.command import result_lines
-    from server.report import write_report
+    from server.command import finish
     from server.run_directory import RunDirectory, require_new
     from simulation import experiment
     from simulation.scenario import parse_scenario, read_scenario
@@ -68,11 +67,9 @@ def command(arguments: Sequence[str]) -> int:
                 hint="leave the other options out",
             )
         directory = RunDirectory.open(options.resume)
-        summary = directory.summary()
-        if summary is not None:  # only the report is missing
-            write_report(directory.path)
-            print(result_lines(summary, directory.path))
-            return 0
+        finished = directory.summary()
+        if finished is not None:  # only the report is missing
+            return finish(directory.path, finished)
         scenario = parse_scenario(
             {
                 **flatten(directory.stored("scenario", dict)),
@@ -99,8 +96,7 @@ def command(arguments: Sequence[str]) -> int:
         summary = experiment.execute(
             directory, scenario, data, on_reply=lambda site: bar.advance(task)
         )
-    print(result_lines(summary, directory.path))
-    return 0
+    return finish(directory.path, summary)
 
 
 def _changes(options: argparse.Namespace) -> dict[str, Scalar]:

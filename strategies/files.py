@@ -5,8 +5,11 @@ Invariant: a reader sees the old content or the new, never a part of it (POSIX r
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from strategies.errors import ConfigError
@@ -49,6 +52,22 @@ def make_folder(path: Path, *, secret: bool = False) -> None:
         path.mkdir(parents=True, exist_ok=True, mode=0o700 if secret else 0o777)
     except OSError as error:
         raise ConfigError(f"folder {path} cannot be made ({error.strerror})") from error
+
+
+@contextmanager
+def held(lock: Path, refusal: ConfigError) -> Generator[None]:
+    """Hold a lock file while the body runs; the system lets go of it when a process dies.
+
+    Args:
+        lock: The file; made where it is missing.
+        refusal: Raised when another process holds it.
+    """
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise refusal from None
+        yield
 
 
 def append_line(path: Path, line: str) -> None:

@@ -1,4 +1,4 @@
-"""One finished experiment that several files of this folder read, and runs without figures."""
+"""One finished experiment that several files of this folder read."""
 
 from __future__ import annotations
 
@@ -9,13 +9,7 @@ from typing import Any
 import pytest
 
 from fakes.experiments import make_scenario, start
-from simulation import experiment
-
-
-@pytest.fixture
-def no_report(monkeypatch) -> None:
-    """Drawing figures takes as long as training; `finished`, of a wider scope, draws them once."""
-    monkeypatch.setattr(experiment, "write_report", lambda path: None)
+from server.report import write_report
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +17,7 @@ def finished(tmp_path_factory) -> Path:
     """One run with everything: baseline and report. Tests only read it."""
     path = tmp_path_factory.mktemp("runs") / "finished"
     start(path, make_scenario(federation__baselines=["pooled"]))
+    write_report(path)
     return path
 
 

@@ -32,7 +32,7 @@ from strategies.arrays import hash_arrays
 from strategies.audit import AuditLog
 from strategies.evaluation import EvaluationSums
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_report")]
+pytestmark = pytest.mark.integration
 
 
 # --- reproducible

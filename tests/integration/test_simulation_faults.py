@@ -39,7 +39,7 @@ from strategies.files import write_atomic
 from strategies.identity import load_signing_key
 from strategies.records import Instruction, Reply
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_report")]
+pytestmark = pytest.mark.integration
 
 
 # --- faults

@@ -13,7 +13,7 @@ from medmamba.weights import load
 from simulation.scenario import parse_scenario
 from strategies.run_config import METRIC_NAMES
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_report")]
+pytestmark = pytest.mark.integration
 
 
 def test_history_has_each_round_and_site_once(finished):

@@ -1,94 +1,17 @@
 """Bad input ends in exit code 2, one ``error:`` line that names it, and nothing half-written."""
 
-import json
-import logging
-import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from server.run_directory import RunDirectory
-from simulation import experiment
-from simulation.run import command
-from simulation.scenario import parse_scenario
-from strategies import cli
+from fakes.command_lines import Result, layout
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
-
-TINY = """
-[federation]
-num-sites = 2
-partition = "iid"
-min-examples = 1
-
-[run]
-dataset = "own"
-num-server-rounds = 1
-
-[run.model]
-depths = "1,1"
-dims = "8,16"
-image-size = 16
-num-classes = 2
-in-channels = 1
-
-[run.training]
-local-steps = 1
-batch-size = 4
-
-[run.strategy]
-min-sites = 1
-"""
-
-
-class Killed(BaseException):
-    """Stands for the process being killed."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """How one command line ended."""
-
-    code: int
-    lines: list[str]
-
-    @property
-    def error(self) -> str:
-        """The text of its only error line."""
-        errors = [line for line in self.lines if line.startswith("error: ")]
-        assert len(errors) == 1, self.lines
-        return errors[0]
-
-    @property
-    def hint(self) -> str:
-        hints = [line for line in self.lines if line.startswith("hint: ")]
-        assert len(hints) == 1, self.lines
-        return hints[0]
-
-
-@pytest.fixture
-def run(capsys, caplog):
-    """Run a command line in this process, exit code and standard error included."""
-    caplog.set_level(logging.INFO)  # as the command line sets it where nothing else did
-    handlers = list(logging.getLogger().handlers)
-    filters = {handler: list(handler.filters) for handler in handlers}
-
-    def _run(*arguments: object) -> Result:
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(command, [str(argument) for argument in arguments])
-        assert isinstance(exit_.value.code, int)
-        return Result(exit_.value.code, capsys.readouterr().err.splitlines())
-
-    yield _run
-    for handler in handlers:
-        handler.filters = filters[handler]
 
 
 @pytest.fixture
@@ -104,32 +27,6 @@ def refused(run, tmp_path):
         return result
 
     return _refused
-
-
-def layout(num_images: int = 8, shape: Sequence[int] = (16, 16), **changes) -> dict:
-    """Make the six arrays of MedMNIST's layout, two classes in turn."""
-    generator = np.random.default_rng(0)
-    arrays = {}
-    for split in ("train", "val", "test"):
-        images = generator.integers(0, 256, (num_images, *shape), dtype=np.uint8)
-        arrays[f"{split}_images"] = images
-        arrays[f"{split}_labels"] = np.arange(num_images).reshape(-1, 1) % 2
-    return {**arrays, **changes}
-
-
-@pytest.fixture
-def own(tmp_path):
-    """Write an npz file and a scenario that uses it; returns both."""
-
-    def _own(arrays: dict | None = None) -> tuple[Path, Path]:
-        file = tmp_path / "own.npz"
-        np.savez(file, **(layout() if arrays is None else arrays))
-        scenario = tmp_path / "own.toml"
-        data = f'[data]\ndataset = "npz"\nfile = "{file}"\nclasses = ["no", "yes"]\n'
-        scenario.write_text(data + TINY)
-        return file, scenario
-
-    return _own
 
 
 def test_good_input_runs_through_the_same_command(run, own, tmp_path):
@@ -303,176 +200,6 @@ def test_an_output_that_cannot_be_made(refused, own, tmp_path):
     (tmp_path / "file").write_text("mine")
     result = refused("--scenario", own()[1], output=tmp_path / "file" / "out")
     assert "file is not a folder to write in" in result.error
-
-
-# --- resuming
-
-
-@pytest.fixture(scope="module")
-def interrupted(tmp_path_factory) -> Path:
-    """A run of two rounds that was killed in the second. Tests copy it."""
-    path = tmp_path_factory.mktemp("runs") / "interrupted"
-    scenario = parse_scenario(
-        {
-            "data": {"dataset": "phantom", "patients-per-site": 6, "image-size": 16},
-            "federation": {"num-sites": 2, "partition": "natural", "min-examples": 1},
-            "run": {
-                "num-server-rounds": 2,
-                "model": {"depths": "1,1", "dims": "8,16", "image-size": 16, "in-channels": 1},
-                "training": {"local-steps": 1, "batch-size": 4},
-            },
-        }
-    )
-    answered: list[str] = []
-
-    def kill(site: str) -> None:
-        answered.append(site)
-        if len(answered) == 3:
-            raise Killed
-
-    data = experiment.prepare(scenario)
-    with pytest.raises(Killed):
-        experiment.execute(
-            experiment.create(path, scenario, data, "0" * 32), scenario, data, on_reply=kill
-        )
-    return path
-
-
-@pytest.fixture
-def directory(interrupted, tmp_path) -> Path:
-    return shutil.copytree(interrupted, tmp_path / "run")
-
-
-@pytest.fixture
-def not_resumed(run):
-    """Resume a directory that must be refused and must stay as it is, up to its log."""
-
-    def _not_resumed(path: Path, *arguments: object) -> Result:
-        before = _content(path)
-        result = run("--resume", path, *arguments)
-        assert result.code == 2, result.lines
-        assert not [line for line in result.lines if "Traceback" in line]
-        assert _content(path) == before
-        return result
-
-    return _not_resumed
-
-
-def _content(path: Path) -> dict[str, bytes]:
-    """Return every result file of a run directory; the logs of an attempt may grow."""
-    kept = ("config.json", "summary.json", "history.jsonl", "model.safetensors", "report.html")
-    files = [path / name for name in kept] + sorted(path.glob("checkpoints/*"))
-    return {file.name: file.read_bytes() for file in files if file.is_file()}
-
-
-def test_an_interrupted_run_can_be_resumed(run, directory):
-    result = run("--resume", directory)
-    assert result.code == 0, result.lines
-    assert (directory / "summary.json").exists()
-
-
-def test_a_finished_run_without_its_report_gets_it(run, directory):
-    assert run("--resume", directory).code == 0
-    report = directory / "report.html"
-    before = report.read_text()
-    report.unlink()
-    assert run("--resume", directory).code == 0
-    assert report.read_text() == before
-
-
-def test_a_finished_run_is_not_resumed(not_resumed, directory):
-    RunDirectory(directory).write_summary({})
-    (directory / "report.html").write_text("<html>")
-    result = not_resumed(directory)
-    assert result.error == f"error: resume={directory} is complete"
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        None,
-        "",
-        "{",
-        "[]",
-        "{}",
-        '{"scenario": {}}',
-        '{"run_uuid": "x", "run_config": {}}',
-        '{"run_uuid": "x", "run_config": {}, "scenario": 3}',
-    ],
-    ids=["none", "empty", "cut", "list", "no-keys", "no-run", "of-a-server", "other-kind"],
-)
-def test_a_foreign_directory_is_not_resumed(not_resumed, tmp_path, config):
-    folder = tmp_path / "foreign"
-    folder.mkdir()
-    if config is not None:
-        (folder / "config.json").write_text(config)
-    result = not_resumed(folder)
-    assert "config.json" in result.error
-    assert result.hint
-
-
-def test_a_directory_that_is_not_there_is_not_resumed(not_resumed, tmp_path):
-    assert "nowhere/config.json is not readable" in not_resumed(tmp_path / "nowhere").error
-
-
-def test_resuming_takes_no_other_option(not_resumed, directory):
-    for more in (["--seed", "1"], ["--scenario", "quick"], ["--set", "seed=1"]):
-        result = not_resumed(directory, *more)
-        assert (
-            result.error
-            == "error: --resume takes everything but --data-dir from the run's own config.json"
-        )
-
-
-def test_resuming_takes_the_folder_that_the_data_are_in_now(not_resumed, directory, tmp_path):
-    error = not_resumed(directory, "--data-dir", tmp_path).error
-    assert f"data-dir={tmp_path} has no effect with dataset=phantom" in error
-
-
-def test_a_checkpoint_of_another_architecture_shows_both_shapes(not_resumed, directory):
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    config["run_config"]["model"]["dims"] = "16,32"
-    path.write_text(json.dumps(config))
-    error = not_resumed(directory).error
-    assert "the checkpoint is of another architecture: head.weight has shape=(3, 16)" in error
-    assert "and shape=(3, 32) in this run's model" in error
-
-
-def test_other_data_than_the_run_began_with(run, own, tmp_path):
-    """Results of one data set must not go on under another."""
-    file, scenario = own()
-    assert run("--scenario", scenario, "--output", tmp_path / "out").code == 0
-    (tmp_path / "out" / "summary.json").unlink()
-    changed = layout()
-    changed["train_labels"] = 1 - changed["train_labels"]
-    np.savez(file, **changed)
-    result = run("--resume", tmp_path / "out")
-    assert (result.code, result.error) == (
-        2,
-        "error: dataset=npz: not the data that this run began with",
-    )
-
-
-def test_a_directory_that_another_process_is_at_work_in(not_resumed, directory):
-    with RunDirectory(directory).session():
-        assert not_resumed(directory).error.endswith("run is in use by another process")
-
-
-def test_a_history_that_is_gone(not_resumed, directory):
-    (directory / "history.jsonl").unlink()
-    assert not_resumed(directory).error.endswith("history.jsonl is cut short or missing")
-
-
-def test_checkpoints_that_are_gone(not_resumed, directory):
-    shutil.rmtree(directory / "checkpoints")
-    assert not_resumed(directory).error.endswith("checkpoints is missing")
-
-
-def test_damaged_checkpoints_are_not_taken_for_a_new_run(not_resumed, directory):
-    for path in (directory / "checkpoints").iterdir():
-        path.write_bytes(path.read_bytes()[:-1])
-    assert not_resumed(directory).error == "error: no checkpoint is usable"
 
 
 # --- the real process

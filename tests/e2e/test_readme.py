@@ -46,7 +46,9 @@ def commands(text: str) -> list[str]:
 
 def frame(line: str) -> str:
     """Return a result line without what differs from run to run."""
-    return " ".join(re.sub(r"\d\.\d{3}|n/a|runs/\S+|round \d+ of \d+", "#", line).split())
+    return " ".join(
+        re.sub(r"\d\.\d{3}(±\d\.\d+)?|n/a|runs/\S+|round \d+ of \d+", "#", line).split()
+    )
 
 
 @pytest.fixture

@@ -1,0 +1,60 @@
+"""A site's node is one process, says whether it is connected, and outlives a task that failed."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from client import flower_runtime
+from client.flower_runtime import _Connection, _execute, run_node
+from fakes.training import site_in
+from strategies.errors import ConfigError
+from strategies.files import held
+
+
+@pytest.fixture
+def site(tmp_path):
+    return site_in(tmp_path)
+
+
+def test_a_second_process_of_a_site_is_refused(site, monkeypatch):
+    monkeypatch.setattr(flower_runtime, "_supernode", lambda *words: pytest.fail("connected"))
+    first = held(site.config.state_dir / "node.lock", ConfigError("first"))
+    with first, pytest.raises(ConfigError, match="is in use: this site is running already"):
+        run_node(site)
+
+
+def test_it_says_once_that_it_waits_and_once_that_it_is_connected(
+    site, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    log = tmp_path / "supernode.log"
+    log.write_text("Starting Flower SuperNode\n")
+    connection = _Connection(site, log)
+    connection.tell()
+    assert caplog.messages == []
+    monkeypatch.setattr(flower_runtime, "PATIENCE_SECONDS", -1)
+    connection.tell()
+    connection.tell()
+    assert caplog.messages == ["site=A superlink=127.0.0.1:8000 does not answer yet; still trying"]
+    log.write_text("SuperNode ID: 7\n")
+    connection.tell()
+    connection.tell()
+    assert caplog.messages[1:] == ["site=A connected"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("No messages received"), OSError("reset")])
+def test_a_task_that_cannot_be_fetched_does_not_end_the_site(site, monkeypatch, caplog, error):
+    def pull(client):
+        raise error
+
+    idle = SimpleNamespace(start=lambda: None, stop=lambda: None)
+    ended = []
+    monkeypatch.setattr(flower_runtime, "pull_task_input", pull)
+    monkeypatch.setattr(flower_runtime, "HeartbeatSender", lambda function: idle)
+    monkeypatch.setattr(flower_runtime, "push_task_output", lambda *words: ended.append(words[2]))
+    _execute(site, 1, "token")
+    assert ended == ["failed"]
+    assert f"site=A reply not delivered: {type(error).__name__}" in caplog.text

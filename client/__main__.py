@@ -108,6 +108,8 @@ def _audit(site: str, path: Path, *, verify: bool) -> int:
         print(f"audit log intact entries={entries} head={head}")
     elif log.path.exists():
         print(log.path.read_text(), end="")
+    else:
+        log.verify()  # says that it is missing
     return 0
 
 

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10
 PATIENCE_SECONDS = 10
+RETRY_SECONDS = 10.0
+GOODBYE_SECONDS = 2.0
 ERROR_CODE_CLIENT_APP = 2  # Flower's own code for an exception in a ClientApp
 
 
@@ -68,6 +70,8 @@ def run_node(site: Site) -> None:
 
 
 def _serve(site: Site) -> None:
+    # Flower's lines reach our log by propagation; its own handler would print them twice.
+    logging.getLogger("flwr").handlers.clear()
     secret = secrets.token_bytes(32)
     secret_file = site.config.state_dir / "executor.secret"
     write_atomic(secret_file, secret, mode=0o600)
@@ -110,6 +114,9 @@ def _serve(site: Site) -> None:
 
 def _execute(site: Site, port: int, token: str) -> None:
     """Answer one instruction with the installed ClientApp."""
+    # Flower's own retries never end, and the SuperNode is a process of this machine.
+    retries = make_simple_http_retry_invoker()
+    retries.max_time = RETRY_SECONDS
     client = RuntimeHttpClient.from_server_address(
         server_address=f"127.0.0.1:{port}",
         insecure=True,
@@ -118,7 +125,7 @@ def _execute(site: Site, port: int, token: str) -> None:
             RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
             RuntimeTokenHttpInterceptor(token),
         ],
-        retry_invoker=make_simple_http_retry_invoker(),
+        retry_invoker=retries,
     )
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
@@ -138,6 +145,7 @@ def _execute(site: Site, port: int, token: str) -> None:
         log.warning("site=%s reply not delivered: %s", site.name, type(error).__name__)
         log.debug("traceback", exc_info=True)
     finally:
+        retries.max_time = GOODBYE_SECONDS
         with suppress(httpx.HTTPError, RunNotRunningException):
             push_task_output(client, context, status, details)
         heartbeat.stop()

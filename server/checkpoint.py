@@ -19,6 +19,7 @@ from safetensors.numpy import save
 from strategies.arrays import Arrays, hash_arrays
 from strategies.errors import CheckpointError
 from strategies.files import write_atomic
+from strategies.records import MetricValue
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class State:
         history_bytes: Length of the history at that moment.
         best_round: Round of the best weights on validation so far; 0: none judged yet.
         best_value: Their selection value, larger is better.
-        best_sites: The sites whose validation figures it comes from.
+        best_sums: Validation sums behind it, by site, as :meth:`EvaluationSums.to_metrics` says.
         chosen: Whether the best weights are final; test may have been read.
         seconds: Time spent so far.
     """
@@ -44,7 +45,7 @@ class State:
     history_bytes: int
     best_round: int
     best_value: float | None
-    best_sites: list[str]
+    best_sums: dict[str, dict[str, MetricValue]]
     chosen: bool
     seconds: float
 

@@ -101,7 +101,7 @@ class _Run:
         )
         self.weights = initial_weights(run)
         self.best, self.best_round, self.best_value = self.weights, 0, -math.inf
-        self.best_sites: frozenset[str] = frozenset()
+        self.best_sums: dict[str, EvaluationSums] = {}
         self.chosen = False
         self.first_round, self.earlier_seconds = 1, 0.0
         self.started = time.monotonic()
@@ -143,7 +143,11 @@ class _Run:
         self.weights, self.best = weights, best
         self.best_round = state.best_round
         self.best_value = -math.inf if state.best_value is None else state.best_value
-        self.best_sites, self.chosen = frozenset(state.best_sites), state.chosen
+        self.best_sums = {
+            site: EvaluationSums.from_metrics("val", sums, self.run.model.num_classes)
+            for site, sums in state.best_sums.items()
+        }
+        self.chosen = state.chosen
         self.first_round, self.earlier_seconds = state.server_round + 1, state.seconds
         self.directory.cut_history(state.history_bytes)
         log.info("resumed after round=%d run_uuid=%s", state.server_round, state.run_uuid)
@@ -167,18 +171,14 @@ class _Run:
             history_bytes=self.directory.history_bytes(),
             best_round=self.best_round,
             best_value=self.best_value if math.isfinite(self.best_value) else None,
-            best_sites=sorted(self.best_sites),
+            best_sums={site: sums.to_metrics("val") for site, sums in self.best_sums.items()},
             chosen=self.chosen,
             seconds=self._seconds(),
         )
         save_checkpoint(self.directory.path / CHECKPOINTS, state, self.weights, self.best)
 
     def _judge(self, server_round: int, outcomes: Sequence[Outcome]) -> None:
-        """Record validation figures of the current weights and keep them if they are the best.
-
-        Figures of different sites do not compare: a round that more sites judged goes before one
-        that fewer did, and one that misses a site of the best never wins.
-        """
+        """Record validation figures of the current weights and keep them if they are the best."""
         sums = _sums_by_site(outcomes)
         pooled = metrics(_pool(sums, self.run.model.num_classes))
         self.directory.append(
@@ -190,21 +190,10 @@ class _Run:
                 "sites": {site: metrics(part) for site, part in sums.items()},
             }
         )
-        if server_round == 0:
-            return
-        value = selection_value(pooled, self.run.strategy.selection_metric)
-        sites = frozenset(sums)
-        missing = self.best_sites - sites
-        if missing:
-            log.warning(
-                "round=%d is not compared with round=%d: validation figures of %s are missing",
-                server_round,
-                self.best_round,
-                ", ".join(sorted(missing)),
-            )
-        elif value > (self.best_value if sites == self.best_sites else -math.inf):
-            self.best, self.best_round, self.best_value = self.weights, server_round, value
-            self.best_sites = sites
+        metric = self.run.strategy.selection_metric
+        if server_round > 0 and improves(sums, self.best_sums, metric):
+            self.best, self.best_round, self.best_sums = self.weights, server_round, sums
+            self.best_value = selection_value(pooled, metric)
 
     def _record_round(self, server_round: int, outcomes: Sequence[Outcome], seconds: float) -> None:
         replies = {o.site: o.reply for o in outcomes if o.reply is not None}
@@ -282,6 +271,32 @@ class _Run:
 
     def _seconds(self) -> float:
         return self.earlier_seconds + time.monotonic() - self.started
+
+
+def improves(
+    sums: Mapping[str, EvaluationSums], best: Mapping[str, EvaluationSums], metric: str
+) -> bool:
+    """Say whether validation sums by site are better than those of the best round so far.
+
+    Both are pooled over the sites that judged both: figures with and without one hospital are
+    different quantities. A site that leaves or joins therefore decides nothing by that alone.
+
+    Args:
+        sums: Of the round in question.
+        best: Of the best round; empty when there is none yet.
+        metric: ``strategy.selection-metric``.
+    """
+    common = sums.keys() & best.keys() if best else sums.keys()
+    if not common:
+        return False
+    num_classes = next(iter(sums.values())).num_classes
+    found, before = (
+        selection_value(metrics(_pool({s: part[s] for s in common}, num_classes)), metric)
+        if part
+        else -math.inf
+        for part in (sums, best)
+    )
+    return found > before
 
 
 def final_figures(sums: EvaluationSums) -> dict[str, Any]:

@@ -151,16 +151,16 @@ def require_new(path: Path) -> None:
     """Refuse an existing output directory, before anything else is done.
 
     Raises:
-        ConfigError: It exists.
+        ConfigError: It exists, or cannot be made.
     """
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise ConfigError(f"output={path} cannot be made: {above} is not a folder to write in")
     if path.exists():
         raise ConfigError(
             f"output={path} exists; a run never writes into an existing directory",
             hint="name another with --output, or continue that run with --resume",
         )
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ConfigError(f"output={path} cannot be made: {above} is not a folder to write in")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -45,9 +45,9 @@ class AuditLog:
             return self._write(*self._head(), event, fields)
 
     def create(self) -> None:
-        """Begin the log with its first entry; an existing one stays as it is."""
+        """Begin the log with its first entry; one that has entries stays as it is."""
         with self._locked():
-            if not self.path.exists():
+            if not self.path.exists() or not self.path.stat().st_size:
                 self._write(0, FIRST, "created", {})
 
     def verify(self) -> tuple[int, str]:
@@ -133,7 +133,7 @@ def _parse(line: bytes, number: int, name: str) -> dict[str, object]:
         digest = hashlib.sha256(canonical(entry)).hexdigest()
         intact = claimed == digest and line == _line({**entry, "hash": digest})
         complete = {"index", "previous", "event", "fields", "time"} <= entry.keys()
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         intact, complete, entry, claimed = False, False, {}, ""
     if not line.endswith(b"\n"):
         raise FederationError(

@@ -193,21 +193,6 @@ def test_fewer_than_the_quorum_end_the_run_and_it_can_be_resumed(finished, tmp_p
     assert untimed(history(path)) == untimed(history(finished))
 
 
-def test_a_round_that_fewer_sites_judged_is_never_chosen(tmp_path, caplog):
-    """Validation figures of different sites do not compare."""
-    scenario = make_scenario(run__strategy__selection_metric="specificity")
-    assert start(tmp_path / "all", scenario)["best_round"] == ROUNDS
-    silent = at("C", ROUNDS, task="val")
-    summary = start(
-        tmp_path / "run",
-        scenario,
-        fault=lambda site, message: "lose" if silent(site, message) else "deliver",
-    )
-    assert summary["best_round"] == ROUNDS - 1
-    assert set(summary["sites"]) == set(SITES)
-    assert "round=2 is not compared with round=1: validation figures of C are" in caplog.text
-
-
 # --- interrupted
 
 

@@ -58,3 +58,24 @@ def test_a_task_that_cannot_be_fetched_does_not_end_the_site(site, monkeypatch, 
     _execute(site, 1, "token")
     assert ended == ["failed"]
     assert f"site=A reply not delivered: {type(error).__name__}" in caplog.text
+
+
+def test_retries_towards_the_supernode_end_so_that_the_site_can(site, monkeypatch):
+    """A SuperNode that dies in a task must not hold its site for ever."""
+    retries = SimpleNamespace(max_time=None)
+    seen = []
+
+    def note(client, *words):
+        seen.append(retries.max_time)
+        raise RuntimeError
+
+    def note_end(*words):
+        seen.append(retries.max_time)
+
+    idle = SimpleNamespace(start=lambda: None, stop=lambda: None)
+    monkeypatch.setattr(flower_runtime, "make_simple_http_retry_invoker", lambda: retries)
+    monkeypatch.setattr(flower_runtime, "pull_task_input", note)
+    monkeypatch.setattr(flower_runtime, "HeartbeatSender", lambda function: idle)
+    monkeypatch.setattr(flower_runtime, "push_task_output", note_end)
+    _execute(site, 1, "token")
+    assert seen == [flower_runtime.RETRY_SECONDS, flower_runtime.GOODBYE_SECONDS]

@@ -22,7 +22,7 @@ def state(server_round: int, **changes) -> State:
         "server_round": server_round,
         "history_bytes": 100 * server_round,
         "best_round": max(server_round - 1, 0),
-        "best_sites": ["A", "B"],
+        "best_sums": {"A": {"val-num-examples": 3, "val-loss-sum": 0.1}},
         "chosen": False,
         "best_value": 0.1 + 0.2,
         "seconds": 1.5,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -234,5 +235,6 @@ def _free_port() -> int:
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").splitlines()
+    # Without Flower's colours.
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(errors="replace")).splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")

@@ -117,16 +117,21 @@ def read_site_config(path: Path) -> SiteConfig:
     except ValidationError as error:
         raise ConfigError(f"{path.name}: {explain(error)}") from None
     folder = path.resolve().parent
-    data = config.data.model_copy(
-        update={
-            name: folder / value.expanduser()
-            for name in ("data_dir", "file")
-            if isinstance(value := getattr(config.data, name), Path)
-        }
-    )
-    return config.model_copy(
-        update={"state_dir": folder / config.state_dir.expanduser(), "data": data}
-    )
+    try:
+        data = config.data.model_copy(
+            update={
+                name: folder / value.expanduser()
+                for name in ("data_dir", "file")
+                if isinstance(value := getattr(config.data, name), Path)
+            }
+        )
+        state_dir = folder / config.state_dir.expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{path.name}: a path begins with ~ and a user who has no home folder",
+            hint="write the path in full",
+        ) from None
+    return config.model_copy(update={"state_dir": state_dir, "data": data})
 
 
 def site_file(site: str, config: Path | None) -> Path:

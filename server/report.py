@@ -169,7 +169,7 @@ def _context(
         "heading": heading,
         "headline": headline(summary, kind, num_sites),
         "cards": _cards(summary, cells),
-        "notices": notices(summary),
+        "notices": notices(summary, facts),
         "columns": [{"title": title, "detail": detail} for _, title, detail in COLUMNS],
         "table_caption": table_caption(summary),
         "summary_rows": _summary_rows(summary, cells, few),

@@ -141,6 +141,7 @@ class RunFacts(Record):
     versions: dict[str, str] = {}
     provenance: dict[str, Any] = {}
     scenario: dict[str, Any] = {}
+    data: dict[str, Any] = {}
     command: str | list[str] | None = None
 
 

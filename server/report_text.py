@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from server.metrics import MIN_INTERVAL_IMAGES, auc_error_text
-from server.report_files import Evaluation, History, Summary
+from server.report_files import Evaluation, History, RunFacts, Summary
 from strategies.evaluation import CALIBRATION_BINS, SCORE_BINS
 
 TITLES = {
@@ -64,7 +64,7 @@ def strategy_name(summary: Summary) -> str:
     return STRATEGIES.get(summary.strategy, summary.strategy)
 
 
-def notices(summary: Summary) -> list[tuple[str, str]]:
+def notices(summary: Summary, facts: RunFacts) -> list[tuple[str, str]]:
     """Return what a reader must know before trusting the figures: title and text."""
     found = []
     private = summary.privacy.get("mode") != "off"
@@ -73,6 +73,9 @@ def notices(summary: Summary) -> list[tuple[str, str]]:
         if private:
             text += " A simulated run is not private, whatever its privacy settings."
         found.append(("Simulated.", text))
+    if facts.data.get("official") is False:
+        text = f"{facts.data.get('file')} has MD5 {facts.data.get('md5')}, not the published one."
+        found.append(("The data file was altered.", text))
     if not private:
         text = (
             "Neither the updates nor the trained model carry a privacy guarantee: they may reveal "

@@ -200,3 +200,8 @@ def test_nothing_of_a_site_can_be_changed_once_read():
     config = SiteConfig.model_validate({"site": "A", "data": {}})
     with pytest.raises(ValueError, match="frozen"):
         config.limits.require_privacy = False
+
+
+def test_a_home_folder_that_does_not_exist_is_told_in_a_line(write):
+    with pytest.raises(ConfigError, match="a path begins with ~"):
+        read_site_config(write('state-dir = "~nosuchuser/x"\n' + MINIMAL))

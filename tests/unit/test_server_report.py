@@ -161,6 +161,15 @@ def test_warns_where_protection_was_off_and_where_the_run_was_simulated(tmp_path
     assert 'class="notice"' not in page
 
 
+@pytest.mark.parametrize("official", [True, False])
+def test_warns_of_a_data_file_that_is_not_the_published_one(tmp_path, official):
+    def change(files):
+        files["config.json"]["data"] = {"file": "b.npz", "md5": "ab12", "official": official}
+
+    _, words = render(tmp_path, change)
+    assert ("b.npz has MD5 ab12, not the published one." in words) is not official
+
+
 def test_names_sites_that_the_test_figures_lack(tmp_path):
     def change(files):
         files["summary.json"]["not_tested"] = {"E": "no reply within 60 s"}

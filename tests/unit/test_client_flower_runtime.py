@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from client import flower_runtime
+from client.__main__ import command as main
 from client.flower_runtime import _Connection, _execute, run_node
 from fakes.training import site_in
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, FederationError
 from strategies.files import held
 
 
@@ -79,3 +80,35 @@ def test_retries_towards_the_supernode_end_so_that_the_site_can(site, monkeypatc
     monkeypatch.setattr(flower_runtime, "push_task_output", note_end)
     _execute(site, 1, "token")
     assert seen == [flower_runtime.RETRY_SECONDS, flower_runtime.GOODBYE_SECONDS]
+
+
+def test_the_last_line_of_flowers_log_has_no_colours(tmp_path):
+    log = tmp_path / "supernode.log"
+    log.write_text("first\n\x1b[92mINFO \x1b[0m:      Received\n\n")
+    assert flower_runtime._last_line(log) == "INFO :      Received"
+
+
+# --- the command
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """A new site's command line; nothing may connect."""
+    monkeypatch.setenv("FEDERATION_SITES", str(tmp_path))
+    monkeypatch.setattr(flower_runtime, "run_node", lambda site: pytest.fail("connected"))
+    main(["init", "--site", "A"])
+    return main
+
+
+def test_a_damaged_audit_log_keeps_a_site_from_starting(command, tmp_path):
+    log = tmp_path / "state" / "A" / "audit.jsonl"
+    log.write_text(log.read_text().replace("created", "other"))
+    with pytest.raises(FederationError, match="content and hash do not agree"):
+        command(["--site", "A", "--insecure"])
+
+
+@pytest.mark.parametrize("options", [[], ["--verify"]])
+def test_an_audit_log_that_is_gone_is_told(command, tmp_path, options):
+    (tmp_path / "state" / "A" / "audit.jsonl").unlink()
+    with pytest.raises(FederationError, match="is missing or empty"):
+        command(["audit", "--site", "A", *options])

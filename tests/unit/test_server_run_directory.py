@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,11 @@ def test_an_existing_directory_is_refused_and_not_touched(directory):
         )
         assert "--resume" in caught.value.hint
     assert (directory.path / CONFIG).read_bytes() == before
+
+
+def test_the_root_folder_is_an_existing_directory_like_any_other():
+    with pytest.raises(ConfigError, match=r"^output=/ exists"):
+        require_new(Path("/"))
 
 
 def test_a_file_in_the_way_is_refused_in_one_line(tmp_path):

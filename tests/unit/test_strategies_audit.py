@@ -74,6 +74,12 @@ def test_a_log_is_begun_once(log):
     assert json.loads(begun)["event"] == "created"
 
 
+def test_a_log_whose_beginning_was_interrupted_is_begun_again(log):
+    log.path.touch()
+    log.create()
+    assert log.verify()[0] == 1
+
+
 def test_an_entry_says_what_happened_and_points_to_the_one_before(log):
     log.create()
     first = log.append("received", task="train")

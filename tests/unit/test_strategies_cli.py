@@ -118,6 +118,20 @@ def test_the_command_does_not_see_debug():
     assert seen == ["run", "--seed", "3"]
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_spin_briefly_unless_the_environment_decides(monkeypatch, given, expected):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    exit_code(lambda arguments: 0)
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
 def test_flower_asks_the_internet_for_nothing(monkeypatch):
     for name in ("FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK"):
         monkeypatch.delenv(name)

@@ -75,6 +75,10 @@ def test_missing_arrays_are_named(tmp_path):
         ({"val_images": np.zeros((3, 8, 8, 1), np.uint8)}, r"val_images=uint8\(3, 8, 8, 1\) exp"),
         ({"val_images": np.zeros((3, 8, 8, 8), np.uint8)}, r"val_images=uint8\(3, 8, 8, 8\) exp"),
         ({"test_images": np.zeros((2, 9, 9), np.uint8)}, "one image shape, found train"),
+        (
+            {f"{split}_images": np.zeros((n, 0, 8), np.uint8) for split, n in COUNTS.items()},
+            "expected images of at least one pixel",
+        ),
         ({"train_labels": np.zeros(5, np.uint8)}, r"expected \(6,\) or \(6, 1\), one label per"),
         ({"train_labels": np.zeros((6, 1), float)}, r"train_labels=float64\(6, 1\) expected int"),
         ({"train_labels": np.zeros((6, 4), np.uint8)}, r"multi-label\) are not supported yet"),

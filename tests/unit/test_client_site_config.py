@@ -143,6 +143,12 @@ def test_an_address_is_host_and_port(write, superlink):
     assert f"superlink={superlink}: expected host:port, such as 127.0.0.1:8000" in str(error.value)
 
 
+@pytest.mark.parametrize("superlink", ["http://127.0.0.1:8000", "127.0.0.1/a:80"])
+def test_an_address_is_no_url(write, superlink):
+    with pytest.raises(ConfigError, match="expected host:port without http:// or a path"):
+        read_site_config(write(f'superlink = "{superlink}"\n' + MINIMAL))
+
+
 @pytest.mark.parametrize("superlink", ["hospital.example:443", "[::1]:8000", "10.0.0.1:65535"])
 def test_usual_addresses_are_accepted(write, superlink):
     config = read_site_config(write(f'superlink = "{superlink}"\n' + MINIMAL))

@@ -182,6 +182,19 @@ def test_a_loss_that_is_not_finite_is_refused(make_site):
     assert error.value.code == "loss-not-finite"
 
 
+def test_weights_that_a_last_step_blew_up_never_leave_the_site(make_site, monkeypatch):
+    """The loss was finite when it was looked at."""
+
+    def blown_up(model):
+        return {name: np.full_like(value, np.inf) for name, value in to_arrays(model).items()}
+
+    monkeypatch.setattr(train_module, "to_arrays", blown_up)
+    run = make_run()
+    with pytest.raises(RefusalError, match="the weights are not finite") as error:
+        train(make_site(), run, 1, initial(run))
+    assert error.value.code == "loss-not-finite"
+
+
 # --- evaluation
 
 

@@ -12,7 +12,8 @@ TEST_ENV := OMP_NUM_THREADS=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-$(VENV)/installed: pyproject.toml
+# Installing compiles the scan kernel, so it is done again when the kernel's sources change.
+$(VENV)/installed: pyproject.toml $(wildcard medmamba/scan/native/*.[ch] medmamba/scan/native/build.py)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
@@ -25,7 +26,7 @@ demo: $(VENV)/installed  ## train three simulated hospitals on generated images
 	$(BIN)/python simulation/run.py --scenario quick
 
 test: $(VENV)/installed-dev  ## unit, contract, integration and one end-to-end test
-	$(TEST_ENV) $(BIN)/python -m pytest tests/unit tests/contract tests/integration tests/e2e --durations=10
+	$(TEST_ENV) $(BIN)/python -m pytest tests/unit tests/contract tests/integration tests/e2e -m 'not slow' --durations=10
 
 test-all: $(VENV)/installed-dev  ## everything; a skip that is not listed in tests/skips.txt fails
 	$(TEST_ENV) $(BIN)/python -m pytest tests --durations=25 --fail-on-unlisted-skips

@@ -25,7 +25,8 @@ from torch.nn import functional
 from medmamba.blocks import PatchMerge, SSConvSSM
 from medmamba.config import MedMambaConfig
 from medmamba.model import MedMamba
-from medmamba.scan import selective_scan
+from medmamba.scan import path_order, reference, selective_scan
+from medmamba.scan.paths import each_path
 from medmamba.ss2d import SS2D
 from medmamba.weights import load_official, official_name, to_official
 
@@ -77,7 +78,14 @@ def ss2d_errors(path: Path) -> Errors:
     module = SS2D(d_model=8, d_state=16).double()
     errors = _module_errors(module, data, SSM)
     inner = data["core_in"].permute(0, 2, 3, 1)  # (b, h, w, d)
-    paths = module.scan.per_path(inner, module.x_proj(inner)).flatten(1, 2)  # (b, l, k, d)
+    scan, order = module.scan, path_order(*inner.shape[1:3], inner.device)
+    paths = each_path(  # (b, l, k, d)
+        reference.selective_scan,
+        inner.flatten(1, 2),
+        module.x_proj(inner.flatten(1, 2)),
+        *scan.parameters_of_paths(len(inner)),
+        order,
+    )
     for name, path_index in {"y1": 0, "y2": 2, "y3": 1, "y4": 3}.items():
         errors[name] = relative_error(paths[:, :, path_index].transpose(1, 2), data[name])
     return errors

@@ -34,8 +34,9 @@ Results = dict[str, dict[str, Any]]
 
 
 def names() -> list[str]:
-    """Return the benchmark scripts of this folder."""
-    return sorted(path.stem for path in FOLDER.glob("*.py") if path != Path(__file__).resolve())
+    """Return the benchmark scripts of this folder; the other files are their parts."""
+    others = (path for path in FOLDER.glob("*.py") if path != Path(__file__).resolve())
+    return sorted(path.stem for path in others if "__main__" in path.read_text(encoding="utf-8"))
 
 
 def measure(name: str, *, quick: bool) -> dict[str, Any]:

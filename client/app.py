@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 
 from client.policy import check_run
 from client.site import Site, registered
-from client.train import evaluate, train
+from client.train import check_scan_backend, evaluate, train
 from strategies.arrays import hash_arrays
 from strategies.errors import FederationError, ProtocolError, RefusalError
 from strategies.records import Instruction, Reply
@@ -149,6 +149,7 @@ def _reply(
         run = RunConfig.parse(context.run_config)
         check_run(site.config, run, instruction)
         site.check_classes(run.model.num_classes)
+        check_scan_backend(site, run)
         return work(site, run, instruction, message_id)
     except RefusalError as error:
         log.warning(

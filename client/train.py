@@ -20,8 +20,9 @@ from torch import Tensor
 from client.data.transforms import augment_batch, augmentation, normalise
 from client.loss import class_weights, reweighted_loss
 from client.site import Site, Split
-from medmamba.config import MedMambaConfig
+from medmamba.config import MedMambaConfig, ModelError
 from medmamba.model import MedMamba, no_weight_decay
+from medmamba.scan import active_backend, backend_details
 from medmamba.weights import load_arrays, to_arrays
 from strategies.arrays import Arrays
 from strategies.errors import RefusalError
@@ -72,7 +73,7 @@ def train(site: Site, run: RunConfig, server_round: int, weights: Arrays) -> Tra
         raise RefusalError("no-examples", "this site has no training examples")
     if num_examples == 1 and run.model.norm == "batch":
         raise RefusalError("too-few-examples", "model.norm=batch needs two training examples")
-    model = _model(_architecture(run), site.device)
+    model = _model_of(site, run)
     load_arrays(model, weights)
     model.train()
     torch.manual_seed(derive_seed(run.seed, "train", site.name, server_round))
@@ -143,7 +144,7 @@ def add_proximal_gradient(model: torch.nn.Module, anchor: list[Tensor], proximal
 def evaluate(site: Site, run: RunConfig, weights: Arrays, split_name: str) -> EvaluationSums:
     """Evaluate the global weights on one split of the site; empty splits give zero sums."""
     split = site.split(split_name, run.model)
-    model = _model(_architecture(run), site.device)
+    model = _model_of(site, run)
     load_arrays(model, weights)
     return evaluate_model(model, split, run.model.num_classes, site.device)
 
@@ -195,14 +196,52 @@ def batches(num_examples: int, settings: TrainingSection, *, seed: int) -> Itera
         epoch += 1
 
 
+def check_scan_backend(site: Site, run: RunConfig) -> None:
+    """Refuse a run whose scan cannot run here; log what runs it, once in a process.
+
+    Raises:
+        RefusalError: The backend that the run (or this site's environment) forces is missing. What
+            is missing stays in the site's log.
+    """
+    try:
+        name = active_backend(site.device, run.model.forced_scan_backend)
+    except ModelError as error:
+        log.warning("site=%s %s; %s", site.name, error, error.hint)
+        raise RefusalError(
+            "scan-backend-missing",
+            f"model.scan-backend={run.model.scan_backend} cannot run at this site",
+        ) from None
+    if run.model.forced_scan_backend:  # a default has been logged where it was chosen
+        _log_backend(name, site.device.type)
+
+
+@lru_cache
+def _log_backend(name: str, device_type: str) -> None:
+    details = " ".join(f"{key}={value}" for key, value in backend_details(name).items())
+    log.info("%s device=%s", details, device_type)
+
+
+def _model_of(site: Site, run: RunConfig) -> MedMamba:
+    architecture = MedMambaConfig.from_name(run.model.size, **run.model.architecture)
+    return _model(
+        architecture,
+        site.device,
+        run.model.forced_scan_backend,
+        run.training.activation_checkpointing,
+    )
+
+
 @lru_cache(maxsize=1)
-def _model(config: MedMambaConfig, device: torch.device) -> MedMamba:
+def _model(
+    config: MedMambaConfig,
+    device: torch.device,
+    scan_backend: str | None,
+    activation_checkpointing: bool,
+) -> MedMamba:
     """Build the network once a process: its weights are overwritten at every use."""
-    return MedMamba(config).to(device)
-
-
-def _architecture(run: RunConfig) -> MedMambaConfig:
-    return MedMambaConfig.from_name(run.model.size, **run.model.architecture)
+    return MedMamba(
+        config, scan_backend=scan_backend, activation_checkpointing=activation_checkpointing
+    ).to(device)
 
 
 def _optimiser(model: MedMamba, settings: TrainingSection, rate: float) -> torch.optim.AdamW:

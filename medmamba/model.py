@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from medmamba.blocks import PatchEmbed, PatchMerge, SSConvSSM
 from medmamba.config import MedMambaConfig, ModelError
+from medmamba.layers import Linear
+from medmamba.recompute import recomputed
 
 LINEAR_INIT_STD = 0.02
 
@@ -25,9 +27,19 @@ class MedMamba(nn.Module):
 
     Args:
         config: The architecture.
+        scan_backend: What runs the scans, a name of ``medmamba.scan.BACKENDS``; None takes the
+            default of the device.
+        activation_checkpointing: In training keep only what enters each block, and compute the
+            rest again in backward: less memory, more time, the same bits.
     """
 
-    def __init__(self, config: MedMambaConfig) -> None:
+    def __init__(
+        self,
+        config: MedMambaConfig,
+        *,
+        scan_backend: str | None = None,
+        activation_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
         self.stem = PatchEmbed(config.in_channels, config.dims[0], config.patch_size)
@@ -36,26 +48,41 @@ class MedMamba(nn.Module):
         self.stages = nn.ModuleList()
         for depth, channels in zip(config.depths, config.dims, strict=True):
             blocks = [
-                SSConvSSM(channels, config.d_state, config.norm, next(rates)) for _ in range(depth)
+                SSConvSSM(channels, config.d_state, config.norm, next(rates), scan_backend)
+                for _ in range(depth)
             ]
-            last_stage = channels == config.dims[-1]
-            self.stages.append(_Stage(blocks, None if last_stage else PatchMerge(channels)))
-        self.head = nn.Linear(config.dims[-1], config.num_classes)
+            merge = None if channels == config.dims[-1] else PatchMerge(channels)
+            self.stages.append(_Stage(blocks, merge, activation_checkpointing))
+        self.head = Linear(config.dims[-1], config.num_classes)
         _initialise(self)
 
     @classmethod
-    def from_name(cls, name: str, num_classes: int, **overrides: Any) -> MedMamba:
+    def from_name(
+        cls,
+        name: str,
+        num_classes: int,
+        *,
+        scan_backend: str | None = None,
+        activation_checkpointing: bool = False,
+        **overrides: Any,
+    ) -> MedMamba:
         """Build a named size: "nano", "tiny", "small" or "base".
 
         Args:
             name: A key of ``medmamba.config.SIZES``.
             num_classes: Number of logits.
+            scan_backend: As the class takes it.
+            activation_checkpointing: As the class takes it.
             **overrides: Other fields of ``MedMambaConfig``, such as norm="group".
 
         Raises:
             ModelError: The name or an override is unknown, or a value is outside its range.
         """
-        return cls(MedMambaConfig.from_name(name, num_classes, **overrides))
+        return cls(
+            MedMambaConfig.from_name(name, num_classes, **overrides),
+            scan_backend=scan_backend,
+            activation_checkpointing=activation_checkpointing,
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images.
@@ -80,14 +107,21 @@ class MedMamba(nn.Module):
 class _Stage(nn.Module):
     """Blocks of one resolution and, but for the last stage, the merge to the next."""
 
-    def __init__(self, blocks: list[SSConvSSM], merge: PatchMerge | None) -> None:
+    def __init__(
+        self, blocks: list[SSConvSSM], merge: PatchMerge | None, activation_checkpointing: bool
+    ) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*blocks)
         self.merge = merge
+        self.activation_checkpointing = activation_checkpointing
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (b, h, w, c) to (b, h/2, w/2, 2c), or keep its shape in the last stage."""
-        x = self.blocks(x)
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            for block in self.blocks:
+                x = recomputed(block, x)
+        else:
+            x = self.blocks(x)
         return x if self.merge is None else self.merge(x)
 
 

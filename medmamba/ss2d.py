@@ -16,13 +16,16 @@ Source: section 3.2 of arXiv 2403.03849; ``SS2D.forward_corev0`` of the official
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from medmamba.config import EXPAND, NORM_EPS, NUM_DIRECTIONS, dt_rank
-from medmamba.scan import selective_scan
+from medmamba.layers import Conv2d, Linear
+from medmamba.scan import path_order, ss2d_scan
 
 # Step sizes that softplus(dt_bias) is drawn from, log-uniformly, at initialisation.
 DT_MIN, DT_MAX = 1e-3, 1e-1
@@ -34,24 +37,25 @@ class SS2D(nn.Module):
     Args:
         d_model: Channels of input and output.
         d_state: Size of the state of each scanned channel.
+        scan_backend: What runs the scan; None takes the default of the device.
     """
 
-    def __init__(self, d_model: int, d_state: int) -> None:
+    def __init__(self, d_model: int, d_state: int, scan_backend: str | None = None) -> None:
         super().__init__()
         d_inner, rank = EXPAND * d_model, dt_rank(d_model)
-        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
-        self.depthwise = nn.Conv2d(d_inner, d_inner, 3, padding=1, groups=d_inner)
-        self.x_proj = nn.Linear(d_inner, NUM_DIRECTIONS * (rank + 2 * d_state), bias=False)
-        self.scan = DirectionalScan(d_inner, d_state, rank)
+        self.in_proj = Linear(d_model, 2 * d_inner, bias=False)
+        self.depthwise = Conv2d(d_inner, d_inner, 3, padding=1, groups=d_inner)
+        self.x_proj = Linear(d_inner, NUM_DIRECTIONS * (rank + 2 * d_state), bias=False)
+        self.scan = DirectionalScan(d_inner, d_state, rank, scan_backend)
         self.out_norm = nn.LayerNorm(d_inner, eps=NORM_EPS)
-        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+        self.out_proj = Linear(d_inner, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (b, h, w, d_model) to the same shape."""
         grid = x.shape[1:3]
         x, gate = self.in_proj(x.flatten(1, 2)).chunk(2, dim=-1)  # twice (b, l, d)
-        # Contiguous channels first: Opacus' convolution samplers are wrong for channels_last.
-        x = x.transpose(1, 2).unflatten(2, grid).contiguous()  # (b, d, h, w)
+        x, gate = x.contiguous(), gate.contiguous()  # a view of gate would keep x twice
+        x = x.unflatten(1, grid).permute(0, 3, 1, 2)  # (b, d, h, w), channels last
         x = functional.silu(self.depthwise(x)).permute(0, 2, 3, 1)  # (b, h, w, d)
         projected = self.x_proj(x.flatten(1, 2)).unflatten(1, grid)  # (b, h, w, (k (r + 2n)))
         y = self.scan(x, projected).flatten(1, 2)  # (b, l, d)
@@ -66,16 +70,22 @@ class DirectionalScan(nn.Module):
         d_inner: Scanned channels.
         d_state: Size of the state of each.
         rank: Columns that delta is made of.
+        backend: What runs the scan; None takes the default of the device.
 
     Attributes:
         dt_weight: From rank to d_inner, per path (k, d, r).
         dt_bias: Added before softplus ((k d)).
         A_log: log(-A) ((k d), n).
         D: Skip ((k d)).
+        observe_gradient: Called in backward with a parameter's name and its gradients per example
+            (b, ...), before they are summed over the batch; None leaves it out. They come from the
+            same backward pass, at no further cost.
     """
 
-    def __init__(self, d_inner: int, d_state: int, rank: int) -> None:
+    def __init__(self, d_inner: int, d_state: int, rank: int, backend: str | None = None) -> None:
         super().__init__()
+        self.backend = backend
+        self.observe_gradient: Callable[[str, Tensor], None] | None = None
         scanned = NUM_DIRECTIONS * d_inner
         bound = rank**-0.5
         self.dt_weight = nn.Parameter(
@@ -95,61 +105,32 @@ class DirectionalScan(nn.Module):
             projected: For each pixel and path its delta, B and C (b, h, w, (k (r + 2n))).
 
         Returns:
-            (b, h, w, d), in the dtype of x.
+            (b, h, w, d), in the dtype of x; autocast and half precision do not reach the scan.
         """
-        return self.per_path(x, projected).sum(3).to(x.dtype)
+        grid = x.shape[1:3]
+        order = path_order(*grid, x.device)
+        y = ss2d_scan(
+            x.flatten(1, 2),
+            projected.flatten(1, 2),
+            *self.parameters_of_paths(x.shape[0]),
+            order,
+            backend=self.backend,
+        )
+        return y.unflatten(1, grid)
 
-    def per_path(self, x: Tensor, projected: Tensor) -> Tensor:
-        """Scan as ``forward`` does, but return each path's share (b, h, w, k, d), unsummed.
-
-        The result is float32 or float64: autocast and half precision end before the scan.
-        """
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        k, d_inner, rank = self.dt_weight.shape
-        d_state = self.A_log.shape[1]
-        height, width = x.shape[1:3]
-        with torch.autocast(x.device.type, enabled=False):
-            u = to_paths(x.to(dtype).unsqueeze(3).expand(-1, -1, -1, k, -1))  # (b, l, k, d)
-            projected = projected.to(dtype).unflatten(3, (k, -1))  # (b, h, w, k, r + 2n)
-            dt, B, C = to_paths(projected).split((rank, d_state, d_state), dim=-1)
-            delta = torch.einsum("blkr,kdr->blkd", dt, self.dt_weight.to(dtype))
-            y = selective_scan(
-                u.flatten(2).transpose(1, 2),  # (b, (k d), l)
-                delta.flatten(2).transpose(1, 2),  # (b, (k d), l)
-                -torch.exp(self.A_log.to(dtype)),
-                B.permute(0, 2, 3, 1),  # (b, k, n, l)
-                C.permute(0, 2, 3, 1),  # (b, k, n, l)
-                self.D.to(dtype),
-                delta_bias=self.dt_bias.to(dtype),
-                delta_softplus=True,
-            )
-        y = y.transpose(1, 2).unflatten(2, (k, d_inner))  # (b, l, k, d)
-        return from_paths(y, height, width)
-
-
-def to_paths(pixels: Tensor) -> Tensor:
-    """Reorder pixels (b, h, w, k, c) as each path visits them (b, l, k, c)."""
-    rows, columns, rows_back, columns_back = pixels.unbind(3)
-    return torch.stack(
-        (
-            rows.flatten(1, 2),
-            columns.transpose(1, 2).flatten(1, 2),
-            rows_back.flatten(1, 2).flip(1),
-            columns_back.transpose(1, 2).flatten(1, 2).flip(1),
-        ),
-        dim=2,
-    )
-
-
-def from_paths(visited: Tensor, height: int, width: int) -> Tensor:
-    """Undo ``to_paths``: from the order of each path (b, l, k, c) to pixels (b, h, w, k, c)."""
-    rows, columns, rows_back, columns_back = visited.unbind(2)
-    return torch.stack(
-        (
-            rows.unflatten(1, (height, width)),
-            columns.unflatten(1, (width, height)).transpose(1, 2),
-            rows_back.flip(1).unflatten(1, (height, width)),
-            columns_back.flip(1).unflatten(1, (width, height)).transpose(1, 2),
-        ),
-        dim=3,
-    )
+    def parameters_of_paths(self, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return dt_weight, dt_bias, A and D by path, with a leading b if gradients are observed."""
+        parameters = dict(self.named_parameters())
+        if self.observe_gradient is not None and torch.is_grad_enabled():
+            for name, parameter in parameters.items():
+                if parameter.requires_grad:
+                    expanded = parameter.expand(b, *parameter.shape)
+                    expanded.register_hook(partial(self.observe_gradient, name))
+                    parameters[name] = expanded
+        dt_weight, k = parameters["dt_weight"], self.dt_weight.shape[0]
+        return (
+            dt_weight,
+            parameters["dt_bias"].unflatten(-1, (k, -1)),  # (..., k, d)
+            -torch.exp(parameters["A_log"]).unflatten(-2, (k, -1)),  # (..., k, d, n)
+            parameters["D"].unflatten(-1, (k, -1)),  # (..., k, d)
+        )

@@ -13,7 +13,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Context
 from flwr.serverapp import Grid
 
-from medmamba.scan import active_backend
 from server.app import run_app
 from server.flower_runtime import host_run
 from server.metrics import auc_error_text
@@ -93,7 +92,10 @@ def _new(request: Request, keys: Mapping[str, Ed25519PublicKey]) -> Plan:
         "seed": config.seed,
         "sites": {site: fingerprint(key) for site, key in keys.items()},
         **provenance(),
-        "provenance": {"scan_backend": active_backend("cpu"), "simulated": False},
+        "provenance": {
+            "scan_backend": config.model.forced_scan_backend or "chosen by each site",
+            "simulated": False,
+        },
     }
     return (
         lambda: RunDirectory.create(path, document),

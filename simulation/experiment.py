@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from client.app import app as client_app
 from client.data.manifest import ImageDataset
 from client.data.registry import load
 from client.data.transforms import require_fit
-from client.site import SIGNING_KEY, Site, register
+from client.site import SIGNING_KEY, Site, choose_device, register
 from client.site_config import Limits, SiteConfig
 from client.train import batches
-from medmamba.scan import active_backend
+from medmamba.config import ModelError
+from medmamba.scan import active_backend, backend_details
 from server.app import run_app
 from server.rounds import Settings, check
 from server.run_directory import SUMMARY, RunDirectory, provenance, read_json, to_json
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 FEDERATION = "simulation"
 POOLED_SITE = "pooled"
 PARTITION = "partition.json"
+SIMULATED_DEVICE = "auto"
 
 OnReply = Callable[[str], None]
 
@@ -56,9 +59,11 @@ def prepare(scenario: Scenario) -> Data:
     """Read the scenario's data and deal it out to sites.
 
     Raises:
-        ConfigError: The data cannot be had, does not fit the run, or cannot be dealt out.
+        ConfigError: The data cannot be had, does not fit the run, or cannot be dealt out; or the
+            scan backend that the run forces is missing.
     """
     run, federation = scenario.run, scenario.federation
+    _scan_backend(run)
     dataset = load(scenario.data, site_names(federation.num_sites))
     classes = len(dataset.manifest.classes)
     if classes != run.model.num_classes:
@@ -92,8 +97,8 @@ def create(path: Path, scenario: Scenario, data: Data, run_uuid: str) -> RunDire
             "seed": scenario.run.seed,
             **provenance(),
             "provenance": {
-                "scan_backend": active_backend("cpu"),
-                "device": "cpu",
+                **backend_details(_scan_backend(scenario.run)),
+                "device": _device().type,
                 "num_threads": torch.get_num_threads(),
                 "simulated": True,
             },
@@ -101,6 +106,21 @@ def create(path: Path, scenario: Scenario, data: Data, run_uuid: str) -> RunDire
     )
     write_atomic(path / PARTITION, to_json(describe(data.parts, scenario.federation)))
     return directory
+
+
+def _scan_backend(run: RunConfig) -> str:
+    """Return what runs the scans of all simulated sites."""
+    try:
+        return active_backend(_device(), run.model.forced_scan_backend)
+    except ModelError as error:
+        setting = f"model.scan-backend={run.model.scan_backend}"
+        raise ConfigError(f"{setting}: {error}", error.hint) from None
+
+
+@lru_cache
+def _device() -> torch.device:
+    """Choose the device of all simulated sites."""
+    return choose_device(SIMULATED_DEVICE)
 
 
 def _identity(data: Data) -> dict[str, Any]:
@@ -204,6 +224,7 @@ def _site(name: str, part: ImageDataset, run_dir: Path, run: RunConfig) -> Site:
         site=name,
         federation=FEDERATION,
         state_dir=run_dir / "sites" / name,
+        device=SIMULATED_DEVICE,
         task=run.dataset,
         data={"dataset": "phantom"},  # pyright: ignore[reportArgumentType]
         limits=limits,

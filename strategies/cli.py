@@ -7,6 +7,7 @@ one; exit code 2 is a configuration to fix, 1 a failure while running, 130 an in
 from __future__ import annotations
 
 import argparse
+import ctypes
 import difflib
 import logging
 import os
@@ -18,6 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from strategies.errors import ConfigError, FederationError
+
+# Of mallopt(3) in glibc; a person who sets one of these in the environment has decided.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,6 +54,8 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> No
     # them threefold on free ones.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if not any(name in os.environ for name in MALLOC_VARIABLES):
+        keep_freed_memory()
     # Flower and its HTTP stack ask the internet for news and updates unless told not to.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -90,6 +97,18 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> No
             code = FederationError.exit_code
     sys.stdout.flush()
     sys.exit(code)
+
+
+def keep_freed_memory() -> None:
+    """Have the next training step reuse what the last one freed; does nothing without glibc.
+
+    glibc returns large blocks to the kernel, which clears every page that a step asks for again:
+    30,000 page faults and a twentieth of a step's time. The peak stays what it was.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def report(error: FederationError) -> None:

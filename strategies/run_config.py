@@ -114,6 +114,11 @@ class ModelSection(Section):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1, description="largest stochastic-depth rate of the state-space branch"
     )
+    scan_backend: Literal["auto", "reference", "native", "mamba_ssm", "triton"] = Field(
+        default="auto",
+        description="what runs the selective scan; auto: the best that a site has, any other: a "
+        "site without it refuses",
+    )
 
     @field_validator("depths", "dims")
     @classmethod
@@ -141,6 +146,11 @@ class ModelSection(Section):
                 "smaller images get there)"
             )
         return self
+
+    @property
+    def forced_scan_backend(self) -> str | None:
+        """The backend that every site must run; None leaves it to the site."""
+        return None if self.scan_backend == "auto" else self.scan_backend
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -189,6 +199,10 @@ class TrainingSection(Section):
         default=0.0, description="focal loss exponent (arXiv 1708.02002); 0: cross-entropy"
     )
     augment: bool = Field(default=True, description="the published augmentation list")
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="compute each block again in backward: less memory, more time, the same result",
+    )
 
 
 class StrategySection(Section):

@@ -1,5 +1,21 @@
 """The selective scan behind one function; ``dispatch`` chooses the code that runs it."""
 
-from medmamba.scan.dispatch import BACKEND_VARIABLE, active_backend, selective_scan
+from medmamba.scan.dispatch import (
+    BACKEND_VARIABLE,
+    BACKENDS,
+    active_backend,
+    backend_details,
+    selective_scan,
+    ss2d_scan,
+)
+from medmamba.scan.paths import path_order
 
-__all__ = ["BACKEND_VARIABLE", "active_backend", "selective_scan"]
+__all__ = [
+    "BACKENDS",
+    "BACKEND_VARIABLE",
+    "active_backend",
+    "backend_details",
+    "path_order",
+    "selective_scan",
+    "ss2d_scan",
+]

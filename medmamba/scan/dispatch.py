@@ -1,56 +1,124 @@
 """Which code runs a selective scan: one registry of backends by name.
 
-Invariant: the backend that was asked for runs, or a ``ModelError`` says which ones exist. Nothing
-falls back silently, and every backend gets checked shapes and no autocast.
+Invariant: the backend that was asked for runs, or a ``ModelError`` says what is missing and how to
+get it. Nothing falls back silently: what runs by default is logged once, with the reason where a
+better one is missing. Every backend gets checked shapes and no autocast.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import logging
 import os
-from collections.abc import Callable
-from typing import Literal, overload
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from medmamba.config import ModelError
-from medmamba.scan import reference
+from medmamba.scan import paths
+from medmamba.scan.checks import check_scan, check_ss2d, wide
+
+log = logging.getLogger(__name__)
 
 BACKEND_VARIABLE = "MEDMAMBA_SCAN_BACKEND"
 
 ScanResult = Tensor | tuple[Tensor, Tensor]
 
-# A backend takes selective_scan's arguments up to and without ``backend``.
-_BACKENDS: dict[str, Callable[..., ScanResult]] = {"reference": reference.selective_scan}
-# The backend of each device type that has a better one than the reference.
-_DEFAULTS: dict[str, str] = {}
+# Each is a module of this package with ``selective_scan``, ``unavailable`` and ``REPRODUCIBLE``,
+# and where it has more to say or do, ``details`` and ``ss2d_scan``.
+BACKENDS = ("reference", "native", "mamba_ssm", "triton")
+# What a device takes if nothing is asked for: the first that is available.
+_PREFERRED = {"cpu": ("native", "reference"), "cuda": ("mamba_ssm", "triton", "reference")}
 
 
-def active_backend(device: torch.device | str = "cpu", backend: str | None = None) -> str:
+def active_backend(
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> str:
     """Return the name of the backend that a scan on this device runs.
 
     Args:
         device: Where the scan's tensors lie.
         backend: A backend asked for by name; None takes the environment variable
             ``MEDMAMBA_SCAN_BACKEND``, and without it the default of the device.
+        dtype: What the scan computes in; by default float64 takes the reference, which alone has
+            it.
 
     Raises:
-        ModelError: The backend does not exist.
+        ModelError: The backend does not exist, or cannot run here; says how to get it.
     """
     source, name = "backend", backend
     if name is None:
         source, name = BACKEND_VARIABLE, os.environ.get(BACKEND_VARIABLE) or None
-    if name is None:
-        return _DEFAULTS.get(torch.device(device).type, "reference")
-    if name not in _BACKENDS:
-        close = difflib.get_close_matches(name, _BACKENDS, n=1)
+    if name is not None:
+        _check_available(source, name)
+        return name
+    if dtype == torch.float64:
+        return "reference"
+    return _default(torch.device(device).type)
+
+
+def backend_details(name: str) -> dict[str, Any]:
+    """Return what provenance says of a backend: its name, reproducibility, and what it runs on."""
+    module = _module(name)
+    details = module.details() if hasattr(module, "details") else {}
+    return {"scan_backend": name, "scan_reproducible": module.REPRODUCIBLE} | {
+        f"scan_{key}": value for key, value in details.items()
+    }
+
+
+def _check_available(source: str, name: str) -> None:
+    if name not in BACKENDS:
+        close = difflib.get_close_matches(name, BACKENDS, n=1)
         hint = f"leave {source} unset to take the default of the device"
         raise ModelError(
-            f"{source}={name!r} is not available; expected one of {', '.join(_BACKENDS)}",
-            f"did you mean {close[0]!r}? Or {hint}" if close else hint,
+            f"{source}={name} expected one of {', '.join(BACKENDS)}",
+            f"did you mean {close[0]}? Or {hint}" if close else hint,
         )
+    missing = _unavailable(name)
+    if missing:
+        reason, remedy = missing
+        raise ModelError(f"{source}={name} cannot run here: {reason}", remedy)
+
+
+@lru_cache
+def _default(device_type: str) -> str:
+    """Choose for a device, and log the choice: once for each device of a process."""
+    passed_over = []
+    for name in _PREFERRED.get(device_type, ("reference",)):
+        missing = _unavailable(name)
+        if missing is None:
+            break
+        passed_over.append(f"{name}: {missing[0]}; {missing[1]}")
+    shown = " ".join(f"{key}={value}" for key, value in backend_details(name).items())
+    if name == "reference":
+        reasons = f" ({'. '.join(passed_over)})" if passed_over else ""
+        log.warning("%s device=%s: slow, in plain PyTorch%s", shown, device_type, reasons)
+    else:
+        log.info("%s device=%s", shown, device_type)
     return name
+
+
+@lru_cache
+def _unavailable(name: str) -> tuple[str, str] | None:
+    return _module(name).unavailable()
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Turn autocast off where it is on; an exported program otherwise holds a block for it."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"medmamba.scan.{name}")
 
 
 @overload
@@ -86,6 +154,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@torch.compiler.allow_in_graph  # the choice of a backend is none of the compiler's business
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -103,16 +172,20 @@ def selective_scan(
 
     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and y_t = C_t . h_t + D u_t, from h_0 = 0.
 
+    A, D and delta_bias may have a leading b: one set of parameters for each example. Their
+    gradients are then per example too, and equal to the bit what that example alone would give;
+    differential privacy takes them from ``A.expand(b, -1, -1)``.
+
     Args:
         u: Input (b, d, l), floating.
         delta: Step sizes (b, d, l).
-        A: State matrix, diagonal, real (d, n).
+        A: State matrix, diagonal, real (d, n), or (b, d, n).
         B: Input matrix: constant (d, n), varying (b, n, l), or varying in g groups (b, g, n, l);
             channel i then uses group i // (d / g).
         C: Output matrix, in the shapes of B.
-        D: Skip (d), or None.
+        D: Skip (d), or (b, d), or None.
         z: Gate (b, d, l): the output is multiplied by silu(z); or None.
-        delta_bias: Added to delta (d), or None.
+        delta_bias: Added to delta (d), or (b, d), or None.
         delta_softplus: Apply softplus to delta, after the bias.
         return_last_state: Also return the state after the last step.
         backend: See ``active_backend``.
@@ -122,51 +195,53 @@ def selective_scan(
         everything is float32, or float64 if u, delta, A, B or C is.
 
     Raises:
-        ModelError: A shape does not fit, a tensor is not real, or the backend does not exist.
+        ModelError: A shape does not fit, a tensor is not real, or the backend cannot run.
     """
-    run = _BACKENDS[active_backend(u.device, backend)]
-    _check_shapes(u, delta, A, B, C, D, z, delta_bias)
-    with torch.autocast(u.device.type, enabled=False):
+    check_scan(u, delta, A, B, C, D, z, delta_bias)
+    run = _module(active_backend(u.device, backend, wide(u, delta, A, B, C))).selective_scan
+    with _no_autocast(u.device.type):
         return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
-def _check_shapes(
-    u: Tensor,
-    delta: Tensor,
+@torch.compiler.allow_in_graph
+def ss2d_scan(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-) -> None:
-    given = {"u": u, "delta": delta, "A": A, "B": B, "C": C}
-    given |= {"D": D, "z": z, "delta_bias": delta_bias}
-    for name, tensor in given.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ModelError(f"{name}.dtype={tensor.dtype} expected a real floating-point dtype")
-    if u.dim() != 3 or u.shape[2] == 0:
-        raise ModelError(f"u.shape={tuple(u.shape)} expected (b, d, l) with l of at least 1")
-    b, d, l = u.shape  # noqa: E741 the letter of the shapes
-    if A.dim() != 2 or A.shape[0] != d:
-        raise ModelError(f"A.shape={tuple(A.shape)} expected (d, n) with d={d} as in u")
-    n = A.shape[1]
-    for name, tensor in {"delta": delta, "z": z}.items():
-        if tensor is not None and tensor.shape != u.shape:
-            raise ModelError(f"{name}.shape={tuple(tensor.shape)} expected {(b, d, l)} as u has")
-    for name, tensor in {"D": D, "delta_bias": delta_bias}.items():
-        if tensor is not None and tensor.shape != (d,):
-            raise ModelError(f"{name}.shape={tuple(tensor.shape)} expected {(d,)}")
-    for name, tensor in {"B": B, "C": C}.items():
-        grouped = tensor.dim() == 4 and tensor.shape[1] > 0 and d % tensor.shape[1] == 0
-        if tensor.shape not in ((d, n), (b, n, l)) and not (
-            grouped and tensor.shape == (b, tensor.shape[1], n, l)
-        ):
-            raise ModelError(
-                f"{name}.shape={tuple(tensor.shape)} expected {(d, n)}, {(b, n, l)} or "
-                f"(b, g, n, l)=({b}, g, {n}, {l}) with g a divisor of d={d}"
-            )
-    if B.dim() == C.dim() == 4 and 1 not in (B.shape[1], C.shape[1]) and B.shape[1] != C.shape[1]:
-        raise ModelError(
-            f"B.shape={tuple(B.shape)} and C.shape={tuple(C.shape)} expected the same g in both"
-        )
+    D: Tensor,
+    order: Tensor,
+    backend: str | None = None,
+) -> Tensor:
+    """Scan an image along k paths and sum what they give each position.
+
+    A path is a row of ``order``: step t of path i is at position order[i, t]. A position's step
+    size on it is softplus(dt_weight . its r columns + dt_bias). All but x, projected and order may
+    have a leading b, as in ``selective_scan``.
+
+    Args:
+        x: What is scanned (b, l, d), floating; the position runs over the image.
+        projected: For each position and path r columns of the step size, B and C
+            (b, l, k (r + 2n)).
+        dt_weight: (k, d, r).
+        dt_bias: (k, d).
+        A: (k, d, n).
+        D: (k, d).
+        order: Positions that each path visits, every one once (k, l), int32.
+        backend: See ``active_backend``.
+
+    Returns:
+        (b, l, d), in the dtype of x; inside everything is float32, or float64 if x is.
+
+    Raises:
+        ModelError: A shape does not fit, or the backend cannot run.
+    """
+    check_ss2d(x, projected, dt_weight, dt_bias, A, D, order)
+    dtype = wide(x, projected, dt_weight, dt_bias, A, D)
+    module = _module(active_backend(x.device, backend, dtype))
+    with _no_autocast(x.device.type):
+        if hasattr(module, "ss2d_scan"):
+            return module.ss2d_scan(x, projected, dt_weight, dt_bias, A, D, order)
+        tensors = (tensor.to(dtype) for tensor in (x, projected, dt_weight, dt_bias, A, D))
+        return paths.each_path(module.selective_scan, *tensors, order).sum(2).to(x.dtype)

@@ -21,6 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from medmamba.scan.checks import wide
+
+REPRODUCIBLE = True
+
+
+def unavailable() -> tuple[str, str] | None:
+    """Return None: it runs wherever PyTorch does."""
+    return None
+
 
 def selective_scan(
     u: Tensor,
@@ -38,16 +47,16 @@ def selective_scan(
 
     Shapes are not checked here: the dispatcher has done it.
     """
-    dtype = computation_dtype(u, delta, A, B, C)
+    dtype = wide(u, delta, A, B, C)
     x, delta, A = u.to(dtype), delta.to(dtype), A.to(dtype)
     if delta_bias is not None:
-        delta = delta + delta_bias.to(dtype)[:, None]
+        delta = delta + delta_bias.to(dtype).unsqueeze(-1)
     if delta_softplus:
         delta = functional.softplus(delta)
 
     groups = max(_num_groups(B), _num_groups(C))
-    A = A.unflatten(0, (groups, -1))  # (g, d/g, n)
-    state = x.new_zeros(x.shape[0], *A.shape)  # (b, g, d/g, n)
+    A = A.unflatten(-2, (groups, A.shape[-2] // groups))  # (..., g, d/g, n)
+    state = x.new_zeros(x.shape[0], *A.shape[-3:])  # (b, g, d/g, n)
     outputs: list[Tensor] = []
     steps = zip(
         _channel_steps(delta, groups),
@@ -62,17 +71,11 @@ def selective_scan(
 
     y = torch.stack(outputs).flatten(2).permute(1, 2, 0)  # (b, d, l)
     if D is not None:
-        y = y + x * D.to(dtype)[:, None]
+        y = y + x * D.to(dtype).unsqueeze(-1)
     if z is not None:
         y = y * functional.silu(z.to(dtype))
     y = y.to(u.dtype)
     return (y, state.flatten(1, 2)) if return_last_state else y  # (b, d, l), (b, d, n)
-
-
-def computation_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor has it, else float32: half precision loses the long recurrence."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
 
 
 def _num_groups(matrix: Tensor) -> int:

@@ -23,9 +23,10 @@ MAY_IMPORT = {
 # The packages that stand alone say what they need; elsewhere any dependency will do.
 THIRD_PARTIES = {
     "strategies": {"cryptography", "flwr", "numpy", "pydantic", "rich", "safetensors", "tenseal"},
-    "medmamba": {"mamba_ssm", "numpy", "safetensors", "torch", "triton"},
+    "medmamba": {"hatchling", "mamba_ssm", "numpy", "safetensors", "torch", "triton"},
 }
 ONLY_UNDER = {
+    "hatchling": "medmamba/scan/native/build.py",  # the build hook runs in its environment alone
     "opacus": "client/",
     "monai": "client/",
     "pydicom": "client/",

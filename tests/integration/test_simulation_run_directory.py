@@ -8,9 +8,14 @@ import re
 import pytest
 import torch
 
+from client.site import choose_device
 from fakes.experiments import ROUNDS, SITES, history, make_scenario, site_line
+from medmamba.config import ModelError
+from medmamba.scan import active_backend
 from medmamba.weights import load
+from simulation import experiment
 from simulation.scenario import parse_scenario
+from strategies.errors import ConfigError
 from strategies.run_config import METRIC_NAMES
 
 pytestmark = pytest.mark.integration
@@ -59,6 +64,28 @@ def test_config_json_holds_what_reproduces_the_run(finished):
     assert {"torch", "flwr", "monai", "numpy"} <= set(config["versions"])
     assert config["git_commit"]
     assert config["provenance"]["simulated"] is True
+    assert config["provenance"]["device"] == choose_device("auto").type
+    backend = active_backend(config["provenance"]["device"])
+    assert config["provenance"]["scan_backend"] == backend
+
+
+def test_provenance_names_the_scan_backend_that_the_run_forces(tmp_path):
+    scenario = make_scenario(run__model__scan_backend="reference")
+    directory = experiment.create(
+        tmp_path / "run", scenario, experiment.prepare(scenario), "0" * 32
+    )
+    assert directory.config()["provenance"]["scan_backend"] == "reference"
+
+
+def test_a_forced_scan_backend_that_is_missing_ends_before_anything_is_made(monkeypatch):
+    def missing(device, backend):
+        raise ModelError(f"backend={backend} cannot run here: no CUDA device", "install a driver")
+
+    monkeypatch.setattr(experiment, "active_backend", missing)
+    with pytest.raises(ConfigError) as error:
+        experiment.prepare(make_scenario(run__model__scan_backend="triton"))
+    text = "model.scan-backend=triton: backend=triton cannot run here: no CUDA device"
+    assert (str(error.value), error.value.hint) == (text, "install a driver")
 
 
 def test_config_json_read_back_reproduces_the_run(finished, tmp_path):

@@ -203,6 +203,15 @@ def test_a_refused_run_is_not_trained(tmp_path, weights, monkeypatch):
         assert reply.reason.startswith("privacy-required: ")
 
 
+def test_a_run_whose_scan_backend_is_missing_is_refused(bench, weights, monkeypatch):
+    """Here another's kernels are missing because this site's environment asks for none there is."""
+    monkeypatch.setenv("MEDMAMBA_SCAN_BACKEND", "no-such-kernel")
+    monkeypatch.setattr(app_module, "train", lambda *_: pytest.fail("trained"))
+    reply = bench.ask(instruction(weights))
+    assert reply.status == "refused"
+    assert reply.reason == "scan-backend-missing: model.scan-backend=auto cannot run at this site"
+
+
 def test_a_run_with_other_classes_is_refused(bench, weights):
     reply = bench.ask(
         instruction(weights), run_config=dict(RUN.flatten(), **{"model.num-classes": 2})

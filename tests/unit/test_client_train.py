@@ -72,7 +72,8 @@ def test_the_update_is_local_minus_global_for_every_travelling_array(make_site):
     run = make_run(model__norm="batch")
     weights = initial(run)
     before = {name: value.copy() for name, value in weights.items()}
-    result = train(make_site(), run, 1, weights)
+    site = make_site()
+    result = train(site, run, 1, weights)
     assert result.update.keys() == weights.keys()
     assert same(before, weights)  # the received weights are left alone
     assert any(name.endswith("running_mean") for name in result.update)
@@ -80,7 +81,7 @@ def test_the_update_is_local_minus_global_for_every_travelling_array(make_site):
     for name, value in result.update.items():
         assert value.dtype == np.float32
         assert value.shape == weights[name].shape
-    local = to_arrays(train_module._model(train_module._architecture(run), torch.device("cpu")))
+    local = to_arrays(train_module._model_of(site, run))
     assert same(result.update, {name: local[name] - weights[name] for name in weights})
 
 

@@ -14,8 +14,16 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from client import train as train_module
-from client.train import add_proximal_gradient, batches, learning_rate, train
+from client.train import (
+    add_proximal_gradient,
+    batches,
+    check_scan_backend,
+    learning_rate,
+    train,
+)
 from fakes.training import initial, make_dataset, make_run, norm, same, site_in
+from medmamba.config import ModelError
+from strategies.errors import RefusalError
 from strategies.run_config import TrainingSection
 
 
@@ -158,6 +166,57 @@ def test_augmentation_can_be_switched_off(make_site, monkeypatch):
     monkeypatch.setattr(train_module, "augment_batch", lambda *_: pytest.fail("augmented"))
     plain = train(make_site(), make_run(training__augment=False), 1, weights)
     assert not same(augmented.update, plain.update)
+
+
+def test_activation_checkpointing_gives_the_same_bits(make_site):
+    plain, checkpointed = make_run(), make_run(training__activation_checkpointing=True)
+    weights = initial(plain)
+    first = train(make_site(), plain, 1, weights)
+    second = train(make_site(), checkpointed, 1, weights)
+    model = train_module._model_of(make_site(), checkpointed)
+    assert all(stage.activation_checkpointing for stage in model.stages)
+    assert same(first.update, second.update)
+
+
+# --- what runs the scan
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("auto", None), ("reference", "reference")])
+def test_the_runs_scan_backend_reaches_the_model(make_site, asked, expected):
+    run = make_run(model__scan_backend=asked)
+    check_scan_backend(make_site(), run)
+    scans = [m for m in train_module._model_of(make_site(), run).modules() if hasattr(m, "A_log")]
+    assert {scan.backend for scan in scans} == {expected}
+
+
+def test_a_forced_scan_backend_is_logged_once(make_site, caplog):
+    run = make_run(model__scan_backend="reference")
+    train_module._log_backend.cache_clear()
+    with caplog.at_level("INFO", logger="client.train"):
+        check_scan_backend(make_site(), run)
+        check_scan_backend(make_site("B"), run)
+    assert [line for line in caplog.messages if "scan_backend=reference" in line] == [
+        "scan_backend=reference scan_reproducible=True device=cpu"
+    ]
+
+
+def test_a_missing_scan_backend_is_refused_and_explained_in_the_log_alone(
+    make_site, caplog, monkeypatch
+):
+    reason, remedy = "no CUDA device at /dev/nvidia0", "install a driver"
+    run = make_run(model__scan_backend="mamba_ssm")
+
+    def missing(device, backend):
+        raise ModelError(f"backend={backend} cannot run here: {reason}", remedy)
+
+    monkeypatch.setattr(train_module, "active_backend", missing)
+    with pytest.raises(RefusalError) as error:
+        check_scan_backend(make_site(), run)
+    assert error.value.code == "scan-backend-missing"
+    assert str(error.value) == "model.scan-backend=mamba_ssm cannot run at this site"
+    assert caplog.messages == [
+        f"site=A backend=mamba_ssm cannot run here: {reason}; {remedy}",
+    ]
 
 
 # --- FedProx

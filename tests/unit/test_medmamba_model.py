@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from medmamba import MedMamba, MedMambaConfig, ModelError, no_weight_decay
 from medmamba.blocks import SSConvSSM
+from medmamba.layers import Conv2d, GroupNorm, Linear
 from medmamba.ss2d import DirectionalScan
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "medmamba_logits.json"
@@ -267,7 +268,7 @@ def test_autocast_works_and_is_near(dtype):
 
 
 def test_layers_get_what_samplers_of_gradients_per_example_can_read():
-    """3-D or less at a linear layer, contiguous at a convolution, a batch first everywhere."""
+    """3-D or less at a linear layer, channels last at a convolution, a batch first everywhere."""
     model = make("group").train()
     seen = []
 
@@ -277,11 +278,25 @@ def test_layers_get_what_samplers_of_gradients_per_example_can_read():
         if isinstance(module, nn.Linear):
             assert args[0].dim() <= 3
         if isinstance(module, nn.Conv2d):
-            assert args[0].is_contiguous()
+            assert args[0].is_contiguous(memory_format=torch.channels_last)
 
     for module in model.modules():
         module.register_forward_pre_hook(look)
         own = list(module.parameters(recurse=False))
         assert not own or list(module.children()) == []
     model(torch.randn(3, 3, 32, 40).contiguous(memory_format=torch.channels_last))
-    assert {nn.Linear, nn.Conv2d, DirectionalScan, nn.LayerNorm, nn.GroupNorm} <= set(seen)
+    assert {Linear, Conv2d, DirectionalScan, nn.LayerNorm, GroupNorm} <= set(seen)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_the_scan_backend_reaches_every_scan_and_no_configuration(backend):
+    model = MedMamba.from_name("nano", num_classes=5, scan_backend=backend)
+    scans = [module for module in model.modules() if isinstance(module, DirectionalScan)]
+    assert [scan.backend for scan in scans] == [backend] * 4
+    assert model.config == MedMambaConfig.from_name("nano", num_classes=5)
+
+
+def test_a_scan_backend_that_does_not_exist_is_an_error():
+    model = MedMamba.from_name("nano", num_classes=5, norm="group", scan_backend="refrence")
+    with pytest.raises(ModelError, match="backend=refrence expected one of reference, native"):
+        model(torch.zeros(1, 3, 32, 32))

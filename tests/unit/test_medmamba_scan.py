@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from medmamba.config import ModelError
-from medmamba.scan import BACKEND_VARIABLE, active_backend, dispatch, selective_scan
+from medmamba.scan import (
+    BACKEND_VARIABLE,
+    active_backend,
+    backend_details,
+    dispatch,
+    selective_scan,
+)
 
 OPTIONAL = ("D", "z", "delta_bias")
 
@@ -179,62 +185,141 @@ def test_forward_and_backward_are_linear_in_length():
     assert at_400 - at_50 == 7 * (at_100 - at_50)
 
 
-def test_autocast_never_reaches_a_backend(monkeypatch):
-    seen = []
+class Backend:
+    """A backend that notes whether autocast was on, and returns u."""
 
-    def backend(u, *_):
-        seen.append(torch.is_autocast_enabled("cpu"))
+    REPRODUCIBLE = True
+
+    def __init__(self, missing: tuple[str, str] | None = None):
+        self.missing, self.seen = missing, []
+
+    def unavailable(self):
+        return self.missing
+
+    def selective_scan(self, u, *_):
+        self.seen.append(torch.is_autocast_enabled("cpu"))
         return u
 
-    monkeypatch.setitem(dispatch._BACKENDS, "spy", backend)
+
+@pytest.fixture
+def backends(monkeypatch):
+    """Put backends in place of the modules; the rest stay."""
+    real = dispatch._module
+
+    def install(**fakes):
+        dispatch._unavailable.cache_clear()
+        dispatch._default.cache_clear()
+        monkeypatch.setattr(dispatch, "_module", lambda name: fakes.get(name) or real(name))
+
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+    yield install
+    dispatch._unavailable.cache_clear()
+    dispatch._default.cache_clear()
+
+
+def test_autocast_never_reaches_a_backend(backends):
+    spy = Backend()
+    backends(native=spy)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        selective_scan(**make_inputs(1, 2, 3, 2), backend="spy")
+        selective_scan(**make_inputs(1, 2, 3, 2), backend="native")
         assert torch.is_autocast_enabled("cpu")
-    assert seen == [False]
+    assert spy.seen == [False]
 
 
-@pytest.mark.parametrize("name", ["native", "mamba_ssm", "triton", ""])
-def test_a_backend_that_is_not_there_is_refused(name):
-    with pytest.raises(ModelError, match=rf"^backend='{name}' is not available; expected one of "):
-        selective_scan(**make_inputs(1, 2, 3, 2), backend=name)
+def test_a_forced_backend_that_cannot_run_says_how_to_get_it(backends, monkeypatch):
+    backends(native=Backend(("the kernel is not built", "install gcc")))
+    with pytest.raises(ModelError) as error:
+        selective_scan(**make_inputs(1, 2, 3, 2), backend="native")
+    assert str(error.value) == "backend=native cannot run here: the kernel is not built"
+    assert error.value.hint == "install gcc"
+    monkeypatch.setenv(BACKEND_VARIABLE, "native")
+    with pytest.raises(ModelError, match=f"^{BACKEND_VARIABLE}=native cannot run here"):
+        active_backend()
+
+
+def test_what_runs_by_default_is_logged_once_with_the_reason(backends, caplog):
+    backends(native=Backend(("the kernel is not built", "install gcc")))
+    inputs = make_inputs(1, 2, 3, 2, dtype=torch.float32)
+    for _ in range(3):
+        selective_scan(**inputs)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        "scan_backend=reference scan_reproducible=True device=cpu: slow, in plain PyTorch "
+        "(native: the kernel is not built; install gcc)"
+    )
+
+
+def test_a_device_takes_its_best_backend_and_float64_the_reference(backends):
+    missing = Backend(("not here", "get it"))
+    backends(native=Backend(), mamba_ssm=missing, triton=Backend())
+    assert active_backend("cpu") == "native"
+    assert active_backend("cuda") == "triton"
+    assert active_backend("cpu", dtype=torch.float64) == "reference"
+    backends(native=Backend(), mamba_ssm=Backend(), triton=Backend())
+    assert active_backend("cuda:1") == "mamba_ssm"
+    backends(native=missing, mamba_ssm=missing, triton=missing)
+    assert (active_backend("cpu"), active_backend("cuda")) == ("reference", "reference")
+    assert active_backend("meta") == "reference"
 
 
 def test_a_misspelt_backend_gets_the_nearest_one(monkeypatch):
     monkeypatch.setenv(BACKEND_VARIABLE, "refrence")
-    with pytest.raises(ModelError, match=r"^MEDMAMBA_SCAN_BACKEND='refrence' is not") as error:
+    with pytest.raises(ModelError) as error:
         selective_scan(**make_inputs(1, 2, 3, 2))
-    assert error.value.hint.startswith("did you mean 'reference'? Or leave MEDMAMBA_SCAN_BACKEND")
+    assert str(error.value) == (
+        "MEDMAMBA_SCAN_BACKEND=refrence expected one of reference, native, mamba_ssm, triton"
+    )
+    assert error.value.hint.startswith("did you mean reference? Or leave MEDMAMBA_SCAN_BACKEND")
 
 
-def test_an_argument_wins_over_the_environment_which_wins_over_the_default(monkeypatch):
-    monkeypatch.setitem(dispatch._BACKENDS, "other", lambda u, *_: u)
-    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
-    assert active_backend("cpu") == "reference"
+def test_an_argument_wins_over_the_environment_which_wins_over_the_default(backends, monkeypatch):
+    backends(native=Backend(), triton=Backend())
     monkeypatch.setenv(BACKEND_VARIABLE, "")
-    assert active_backend() == "reference"
-    monkeypatch.setenv(BACKEND_VARIABLE, "other")
-    assert active_backend(torch.device("cpu")) == "other"
+    assert active_backend() == "native"
+    monkeypatch.setenv(BACKEND_VARIABLE, "triton")
+    assert active_backend(torch.device("cpu")) == "triton"
     assert active_backend("cpu", backend="reference") == "reference"
     inputs = make_inputs(1, 2, 3, 2)
     assert selective_scan(**inputs) is inputs["u"]
+
+
+def test_details_name_the_backend_and_whether_it_is_reproducible():
+    assert backend_details("reference") == {"scan_backend": "reference", "scan_reproducible": True}
+
+
+PER_EXAMPLE = ("A", "D", "delta_bias")
+
+
+def test_parameters_per_example_are_those_of_each_example_alone():
+    shared = make_inputs(3, 4, 6, 2, groups=2)
+    own = {
+        name: torch.stack([shared[name] * factor for factor in (1, 2, 3)]) for name in PER_EXAMPLE
+    }
+    together = selective_scan(**{**shared, **own}, delta_softplus=True)
+    for i in range(3):
+        alone = {k: t if k in PER_EXAMPLE else t[i : i + 1] for k, t in shared.items()}
+        alone |= {name: own[name][i] for name in PER_EXAMPLE}
+        got = selective_scan(**alone, delta_softplus=True)
+        torch.testing.assert_close(got, together[i : i + 1], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
         ("u", (2, 4), r"u.shape=\(2, 4\) expected \(b, d, l\)"),
-        ("u", (2, 4, 0), r"u.shape=\(2, 4, 0\) expected \(b, d, l\) with l of at least 1"),
+        ("u", (2, 4, 0), r"u.shape=\(2, 4, 0\) expected \(b, d, l\) with d and l of at least 1"),
         ("delta", (2, 1, 6), r"delta.shape=\(2, 1, 6\) expected \(2, 4, 6\) as u has"),
-        ("A", (3, 4), r"A.shape=\(3, 4\) expected \(d, n\) with d=4"),
-        ("A", (4,), r"A.shape=\(4,\) expected \(d, n\) with d=4"),
+        ("A", (3, 4), r"A.shape=\(3, 4\) expected \(d, n\) or \(b, d, n\) with b=2, d=4"),
+        ("A", (4,), r"A.shape=\(4,\) expected \(d, n\) or "),
         ("B", (2, 3, 7), r"B.shape=\(2, 3, 7\) expected \(4, 3\), \(2, 3, 6\) or \(b, g, n, l\)"),
         ("B", (2, 3, 3, 6), r"B.shape=\(2, 3, 3, 6\) expected .* with g a divisor of d=4"),
         ("C", (2, 0, 3, 6), r"C.shape=\(2, 0, 3, 6\) expected .* with g a divisor of d=4"),
         ("C", (1, 2, 3, 6), r"C.shape=\(1, 2, 3, 6\) expected "),
         ("C", (2, 4, 3, 6), r"B.shape=.* and C.shape=\(2, 4, 3, 6\) expected the same g in both"),
-        ("D", (1,), r"D.shape=\(1,\) expected \(4,\)"),
+        ("D", (1,), r"D.shape=\(1,\) expected \(4,\) or \(2, 4\)"),
         ("z", (2, 6, 4), r"z.shape=\(2, 6, 4\) expected \(2, 4, 6\) as u has"),
-        ("delta_bias", (4, 1), r"delta_bias.shape=\(4, 1\) expected \(4,\)"),
+        ("delta_bias", (4, 1), r"delta_bias.shape=\(4, 1\) expected \(4,\) or \(2, 4\)"),
     ],
 )
 def test_a_shape_that_does_not_fit_is_named(name, shape, message):

@@ -70,3 +70,24 @@ def test_words_go_before_the_file_and_the_file_before_defaults(tmp_path):
     path.write_text("seed = 4\n[model]\nsize = 'base'\n")
     found = read_run_config(path, ["model.size=nano"])
     assert (found.seed, found.model.size, found.model.norm) == (4, "nano", "group")
+
+
+@pytest.mark.parametrize(
+    ("asked", "recorded"), [("auto", "chosen by each site"), ("native", "native")]
+)
+def test_provenance_says_who_chose_the_scan_backend(tmp_path, asked, recorded):
+    """The coordinator runs no scan; only what it forces on every site is known here."""
+    keys = {site: Ed25519PrivateKey.generate().public_key() for site in ("A", "B")}
+    request = Request(
+        address="127.0.0.1:1",
+        secret_file=tmp_path / "secret",
+        site_keys=tmp_path,
+        federation="lung",
+        run_config=None,
+        assignments=[f"model.scan-backend={asked}"],
+        output=tmp_path / "out",
+        resume=None,
+        run_uuid="a1b2",
+    )
+    make_directory, *_ = command._new(request, keys)
+    assert make_directory().config()["provenance"]["scan_backend"] == recorded

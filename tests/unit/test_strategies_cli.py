@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import subprocess
 import sys
 
 import pytest
@@ -130,6 +131,47 @@ def test_waiting_threads_spin_briefly_unless_the_environment_decides(monkeypatch
         monkeypatch.setenv(name, value)
     exit_code(lambda arguments: 0)
     assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+@pytest.mark.parametrize("decided", [None, *cli.MALLOC_VARIABLES])
+def test_freed_memory_is_kept_unless_the_environment_decides(monkeypatch, decided):
+    for name in cli.MALLOC_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if decided:
+        monkeypatch.setenv(decided, "1")
+    calls = []
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: calls.append(1))
+    exit_code(lambda arguments: 0)
+    assert len(calls) == (decided is None)
+
+
+def test_freed_memory_comes_back_without_page_faults():
+    """A process of its own, because the setting stays."""
+    program = """
+import resource
+from strategies.cli import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        bytearray(b"1") * 50_000_000
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+keep_freed_memory()
+faults()
+print(before, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    before, after = map(int, done.stdout.split())
+    assert after < before / 10
+
+
+@pytest.mark.parametrize("platform", ["darwin", "linux"])
+def test_without_glibc_nothing_is_set(monkeypatch, platform):
+    monkeypatch.setattr(cli.sys, "platform", platform)
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: object())
+    cli.keep_freed_memory()
 
 
 def test_flower_asks_the_internet_for_nothing(monkeypatch):

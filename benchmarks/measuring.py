@@ -1,0 +1,67 @@
+"""What the benchmarks share: how they compare and time, and what they say about the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medmamba.scan import active_backend, backend_details
+
+SHORTEST = 0.2  # seconds that a contestant runs for in a round, or one call
+OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # of the largest expected value
+
+
+def check(name: str, got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Compare an output, and gradients after it, with the expected; only those that got has.
+
+    Raises:
+        SystemExit: They differ by more than rounding.
+    """
+    for i, (ours, theirs) in enumerate(zip(got, expected, strict=False)):
+        tolerance = GRADIENT_TOLERANCE if i else OUTPUT_TOLERANCE
+        error = float((ours - theirs).abs().max() / theirs.abs().max())
+        if not error <= tolerance:  # NaN too
+            what = f"gradient {i}" if i else "output"
+            sys.exit(f"error: {name}: error of {what}={error:.1e} expected at most {tolerance:g}")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Return how long one call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def mean_seconds(work: Callable[[], object]) -> float:
+    """Return how long a call takes, as the mean over as many as last ``SHORTEST``."""
+    start, calls = time.perf_counter(), 0
+    while True:
+        work()
+        calls += 1
+        passed = time.perf_counter() - start
+        if passed >= SHORTEST:
+            return passed / calls
+
+
+def median_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Return the median over rounds of one contestant's time over another's."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    return {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **backend_details(active_backend()),
+    }

@@ -22,7 +22,7 @@ from client.loss import class_weights, reweighted_loss
 from client.site import Site, Split
 from medmamba.config import MedMambaConfig, ModelError
 from medmamba.model import MedMamba, no_weight_decay
-from medmamba.scan import active_backend, backend_details
+from medmamba.scan import active_backend
 from medmamba.weights import load_arrays, to_arrays
 from strategies.arrays import Arrays
 from strategies.errors import RefusalError
@@ -197,28 +197,20 @@ def batches(num_examples: int, settings: TrainingSection, *, seed: int) -> Itera
 
 
 def check_scan_backend(site: Site, run: RunConfig) -> None:
-    """Refuse a run whose scan cannot run here; log what runs it, once in a process.
+    """Refuse a run whose scan cannot run here; what runs it is logged, once in a process.
 
     Raises:
         RefusalError: The backend that the run (or this site's environment) forces is missing. What
             is missing stays in the site's log.
     """
     try:
-        name = active_backend(site.device, run.model.forced_scan_backend)
+        active_backend(site.device, run.model.forced_scan_backend)
     except ModelError as error:
         log.warning("site=%s %s; %s", site.name, error, error.hint)
         raise RefusalError(
             "scan-backend-missing",
             f"model.scan-backend={run.model.scan_backend} cannot run at this site",
         ) from None
-    if run.model.forced_scan_backend:  # a default has been logged where it was chosen
-        _log_backend(name, site.device.type)
-
-
-@lru_cache
-def _log_backend(name: str, device_type: str) -> None:
-    details = " ".join(f"{key}={value}" for key, value in backend_details(name).items())
-    log.info("%s device=%s", details, device_type)
 
 
 def _model_of(site: Site, run: RunConfig) -> MedMamba:

@@ -1,8 +1,8 @@
 """The parts a MedMamba is stacked from: stem, block and merging.
 
 Invariant: inside the network a tensor is (b, h, w, c), contiguous. Convolutions see it as
-(b, c, h, w) with the channels last in memory, a view, and linear layers as (b, l, c). What a sampler
-of gradients per example must know of these layouts is in ``medmamba.layers``.
+(b, c, h, w) with the channels last in memory, a view, and linear layers as (b, l, c). What a
+sampler of gradients per example must know of these layouts is in ``medmamba.layers``.
 
 Source: sections 3.3 and 3.4 of arXiv 2403.03849 and the official code, which differ: the code's
 convolution branch is dense, starts with a normalisation and has no GELU. The code counts.

@@ -107,20 +107,19 @@ class DirectionalScan(nn.Module):
         Returns:
             (b, h, w, d), in the dtype of x; autocast and half precision do not reach the scan.
         """
-        grid = x.shape[1:3]
-        order = path_order(*grid, x.device)
+        b, height, width, _ = x.shape
         y = ss2d_scan(
             x.flatten(1, 2),
             projected.flatten(1, 2),
-            *self.parameters_of_paths(x.shape[0]),
-            order,
+            *self.parameters_of_paths(b),
+            order=path_order(height, width, x.device),
             backend=self.backend,
         )
-        return y.unflatten(1, grid)
+        return y.unflatten(1, (height, width))
 
     def parameters_of_paths(self, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return dt_weight, dt_bias, A and D by path, with a leading b if gradients are observed."""
-        parameters = dict(self.named_parameters())
+        """Return dt_weight, dt_bias, A, D by path; with a leading b if gradients are observed."""
+        parameters: dict[str, Tensor] = dict(self.named_parameters())
         if self.observe_gradient is not None and torch.is_grad_enabled():
             for name, parameter in parameters.items():
                 if parameter.requires_grad:

@@ -30,7 +30,7 @@ BACKEND_VARIABLE = "MEDMAMBA_SCAN_BACKEND"
 ScanResult = Tensor | tuple[Tensor, Tensor]
 
 # Each is a module of this package with ``selective_scan``, ``unavailable`` and ``REPRODUCIBLE``,
-# and where it has more to say or do, ``details`` and ``ss2d_scan``.
+# and where it needs or has more, ``DEVICES``, ``details`` and ``ss2d_scan``.
 BACKENDS = ("reference", "native", "mamba_ssm", "triton")
 # What a device takes if nothing is asked for: the first that is available.
 _PREFERRED = {"cpu": ("native", "reference"), "cuda": ("mamba_ssm", "triton", "reference")}
@@ -53,15 +53,17 @@ def active_backend(
     Raises:
         ModelError: The backend does not exist, or cannot run here; says how to get it.
     """
+    device_type = torch.device(device).type
     source, name = "backend", backend
     if name is None:
         source, name = BACKEND_VARIABLE, os.environ.get(BACKEND_VARIABLE) or None
     if name is not None:
-        _check_available(source, name)
+        _check_available(source, name, device_type)
+        _log_choice(name, device_type)
         return name
     if dtype == torch.float64:
         return "reference"
-    return _default(torch.device(device).type)
+    return _default(device_type)
 
 
 def backend_details(name: str) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def backend_details(name: str) -> dict[str, Any]:
     }
 
 
-def _check_available(source: str, name: str) -> None:
+def _check_available(source: str, name: str, device_type: str) -> None:
     if name not in BACKENDS:
         close = difflib.get_close_matches(name, BACKENDS, n=1)
         hint = f"leave {source} unset to take the default of the device"
@@ -81,7 +83,7 @@ def _check_available(source: str, name: str) -> None:
             f"{source}={name} expected one of {', '.join(BACKENDS)}",
             f"did you mean {close[0]}? Or {hint}" if close else hint,
         )
-    missing = _unavailable(name)
+    missing = _unavailable(name, device_type)
     if missing:
         reason, remedy = missing
         raise ModelError(f"{source}={name} cannot run here: {reason}", remedy)
@@ -89,25 +91,33 @@ def _check_available(source: str, name: str) -> None:
 
 @lru_cache
 def _default(device_type: str) -> str:
-    """Choose for a device, and log the choice: once for each device of a process."""
-    passed_over = []
+    passed_over = ""
     for name in _PREFERRED.get(device_type, ("reference",)):
-        missing = _unavailable(name)
+        missing = _unavailable(name, device_type)
         if missing is None:
             break
-        passed_over.append(f"{name}: {missing[0]}; {missing[1]}")
-    shown = " ".join(f"{key}={value}" for key, value in backend_details(name).items())
-    if name == "reference":
-        reasons = f" ({'. '.join(passed_over)})" if passed_over else ""
-        log.warning("%s device=%s: slow, in plain PyTorch%s", shown, device_type, reasons)
-    else:
-        log.info("%s device=%s", shown, device_type)
+        passed_over += f"; {name}: {missing[0]} ({missing[1]})"
+    _log_choice(name, device_type, passed_over)
     return name
 
 
 @lru_cache
-def _unavailable(name: str) -> tuple[str, str] | None:
-    return _module(name).unavailable()
+def _log_choice(name: str, device_type: str, passed_over: str = "") -> None:
+    """Log what runs: once for each device of a process."""
+    shown = " ".join(f"{key}={value}" for key, value in backend_details(name).items())
+    if name == "reference":
+        log.warning("%s device=%s: slow, in plain PyTorch%s", shown, device_type, passed_over)
+    else:
+        log.info("%s device=%s", shown, device_type)
+
+
+@lru_cache
+def _unavailable(name: str, device_type: str) -> tuple[str, str] | None:
+    module = _module(name)
+    if device_type not in getattr(module, "DEVICES", (device_type,)):
+        others = ", ".join(_PREFERRED.get(device_type, ("reference",)))
+        return f"it does not run on {device_type}", f"{device_type} has {others}"
+    return module.unavailable()
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -243,5 +253,14 @@ def ss2d_scan(
     with _no_autocast(x.device.type):
         if hasattr(module, "ss2d_scan"):
             return module.ss2d_scan(x, projected, dt_weight, dt_bias, A, D, order)
-        tensors = (tensor.to(dtype) for tensor in (x, projected, dt_weight, dt_bias, A, D))
-        return paths.each_path(module.selective_scan, *tensors, order).sum(2).to(x.dtype)
+        each = paths.each_path(
+            module.selective_scan,
+            x.to(dtype),
+            projected.to(dtype),
+            dt_weight.to(dtype),
+            dt_bias.to(dtype),
+            A.to(dtype),
+            D.to(dtype),
+            order,
+        )
+        return each.sum(2).to(x.dtype)

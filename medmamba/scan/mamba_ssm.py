@@ -30,6 +30,7 @@ REPRODUCIBLE = False  # atomics, see above
 MAX_CHANNELS = 65_535  # the second axis of a CUDA grid
 MAX_STATE = 256
 DEVICE = "cuda"
+DEVICES = (DEVICE,)
 INTERFACE = "mamba_ssm.ops.selective_scan_interface"
 HOW_TO_GET_IT = "docs/install.md has the commands; the triton backend needs no installation"
 

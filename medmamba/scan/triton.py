@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 REPRODUCIBLE = True  # see the invariant
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 # Sizes of the launches, chosen by what the compiler makes of the kernels for sm_80 and sm_90
 # (registers, spills, instructions of the inner loops); not yet timed on a GPU.

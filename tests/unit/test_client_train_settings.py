@@ -189,17 +189,6 @@ def test_the_runs_scan_backend_reaches_the_model(make_site, asked, expected):
     assert {scan.backend for scan in scans} == {expected}
 
 
-def test_a_forced_scan_backend_is_logged_once(make_site, caplog):
-    run = make_run(model__scan_backend="reference")
-    train_module._log_backend.cache_clear()
-    with caplog.at_level("INFO", logger="client.train"):
-        check_scan_backend(make_site(), run)
-        check_scan_backend(make_site("B"), run)
-    assert [line for line in caplog.messages if "scan_backend=reference" in line] == [
-        "scan_backend=reference scan_reproducible=True device=cpu"
-    ]
-
-
 def test_a_missing_scan_backend_is_refused_and_explained_in_the_log_alone(
     make_site, caplog, monkeypatch
 ):

@@ -206,15 +206,17 @@ def backends(monkeypatch):
     """Put backends in place of the modules; the rest stay."""
     real = dispatch._module
 
+    def forget():
+        for choice in (dispatch._unavailable, dispatch._default, dispatch._log_choice):
+            choice.cache_clear()
+
     def install(**fakes):
-        dispatch._unavailable.cache_clear()
-        dispatch._default.cache_clear()
+        forget()
         monkeypatch.setattr(dispatch, "_module", lambda name: fakes.get(name) or real(name))
 
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
     yield install
-    dispatch._unavailable.cache_clear()
-    dispatch._default.cache_clear()
+    forget()
 
 
 def test_autocast_never_reaches_a_backend(backends):
@@ -245,9 +247,24 @@ def test_what_runs_by_default_is_logged_once_with_the_reason(backends, caplog):
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage() == (
-        "scan_backend=reference scan_reproducible=True device=cpu: slow, in plain PyTorch "
-        "(native: the kernel is not built; install gcc)"
+        "scan_backend=reference scan_reproducible=True device=cpu: slow, in plain PyTorch; "
+        "native: the kernel is not built (install gcc)"
     )
+
+
+def test_a_forced_backend_is_logged_once_too(backends, caplog):
+    backends(native=Backend())
+    caplog.set_level("INFO")
+    for _ in range(3):
+        active_backend("cpu", "native")
+    (record,) = caplog.records
+    assert record.getMessage() == "scan_backend=native scan_reproducible=True device=cpu"
+
+
+@pytest.mark.parametrize(("name", "device"), [("native", "cuda"), ("mamba_ssm", "cpu")])
+def test_a_backend_for_another_device_is_refused(name, device):
+    with pytest.raises(ModelError, match=f"^backend={name} cannot run here: it does not run on"):
+        active_backend(device, name)
 
 
 def test_a_device_takes_its_best_backend_and_float64_the_reference(backends):

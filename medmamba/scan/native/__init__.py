@@ -15,8 +15,9 @@ from medmamba.config import ModelError
 from medmamba.scan.native import library
 from medmamba.scan.native.library import unavailable
 
-__all__ = ["REPRODUCIBLE", "details", "selective_scan", "ss2d_scan", "unavailable"]
+__all__ = ["DEVICES", "REPRODUCIBLE", "details", "selective_scan", "ss2d_scan", "unavailable"]
 
+DEVICES = ("cpu",)
 REPRODUCIBLE = True  # same inputs, same bytes, whatever the number of threads
 
 

@@ -89,12 +89,12 @@ def _per_example(parameter: Tensor) -> tuple[Tensor, int]:
     return parameter, parameter.stride(0)
 
 
-def _new_boundaries(
-    like: Tensor, examples: int, groups: int, channels: int, n: int, l: int
-) -> Tensor:  # noqa: E741
-    lib = library.load()
-    blocks, chunks = -(-channels // lib.width), -(-l // lib.chunk)
-    return like.new_empty((examples, groups, blocks, chunks, n, lib.width))
+def _new_boundaries(like: Tensor, shape: tuple[int, int, int, int, int]) -> Tensor:
+    """Make room for the states between chunks; shape is (b, groups, channels of one, n, l)."""
+    kernel = library.load()
+    b, groups, channels, n, steps = shape
+    blocks, chunks = -(-channels // kernel.width), -(-steps // kernel.chunk)
+    return like.new_empty((b, groups, blocks, chunks, n, kernel.width))
 
 
 def _scan_arguments(
@@ -168,7 +168,7 @@ def _scan_outputs(
     b, d, l = u.shape  # noqa: E741
     groups = next((matrix.shape[1] for matrix in (B, C) if matrix.dim() == 4), 1)
     n = A.shape[2]
-    boundaries = _new_boundaries(u, b, groups, d // groups, n, l) if keep else u.new_empty(0)
+    boundaries = _new_boundaries(u, (b, groups, d // groups, n, l)) if keep else u.new_empty(0)
     return u.new_empty((b, d, l)), u.new_empty((b, d, n)), boundaries
 
 
@@ -316,7 +316,7 @@ def _ss2d_outputs(
 ) -> tuple[Tensor, Tensor]:
     b, l, d = x.shape  # noqa: E741
     _, k, _, n = A.shape
-    boundaries = _new_boundaries(x, b, k, d, n, l) if keep else x.new_empty(0)
+    boundaries = _new_boundaries(x, (b, k, d, n, l)) if keep else x.new_empty(0)
     return x.new_empty((b, l, d)), boundaries
 
 

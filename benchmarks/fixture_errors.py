@@ -5,7 +5,8 @@
 The fixtures are arrays that the official code computed in float64. Both sides run in float64 here,
 so an error is a difference in arithmetic order (1e-12 or less) or a difference in meaning. An error
 is the largest absolute difference over the largest expected value of that tensor, or over ``FLOOR``
-where the true value is 0 and rounding is all there is.
+where the true value is 0 and rounding is all there is. ``error_native_forward`` and
+``error_native_gradient`` are those of the native scan in float32: alone, in SS2D and in a block.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.nn import functional
 from medmamba.blocks import PatchMerge, SSConvSSM
 from medmamba.config import MedMambaConfig
 from medmamba.model import MedMamba
-from medmamba.scan import path_order, reference, selective_scan
+from medmamba.scan import active_backend, path_order, reference, selective_scan
 from medmamba.scan.paths import each_path
 from medmamba.ss2d import SS2D
 from medmamba.weights import load_official, official_name, to_official
@@ -42,12 +43,12 @@ Arrays = Mapping[str, Tensor]
 Errors = dict[str, float]
 
 
-def read(path: Path) -> Arrays:
-    """Read the arrays of a fixture; floating ones as float64."""
+def read(path: Path, dtype: torch.dtype = torch.float64) -> Arrays:
+    """Read the arrays of a fixture; floating ones as ``dtype``."""
     with np.load(path) as archive:
         arrays = {name: archive[name] for name in archive.files}
     tensors = {name: torch.from_numpy(a) for name, a in arrays.items() if a.dtype.kind != "U"}
-    return {k: t.double() if t.is_floating_point() else t for k, t in tensors.items()}
+    return {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -58,9 +59,9 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got.detach() - expected).abs().max()) / scale
 
 
-def scan_errors(path: Path) -> Errors:
+def scan_errors(path: Path, dtype: torch.dtype = torch.float64) -> Errors:
     """Compare the scan, its last state and the gradients of all its inputs."""
-    data = read(path)
+    data = read(path, dtype)
     inputs = {name: data[name].requires_grad_() for name in SCAN_INPUTS if name in data}
     softplus = bool(data["delta_softplus"])
     u, delta, A, B, C = (inputs[name] for name in SCAN_INPUTS[:5])
@@ -72,10 +73,10 @@ def scan_errors(path: Path) -> Errors:
     return errors | {f"grad {k}": _gradient_error(t, data[f"grad_{k}"]) for k, t in inputs.items()}
 
 
-def ss2d_errors(path: Path) -> Errors:
+def ss2d_errors(path: Path, dtype: torch.dtype = torch.float64) -> Errors:
     """Compare SS2D, and what each of the four paths gives before they are summed."""
-    data = read(path)
-    module = SS2D(d_model=8, d_state=16).double()
+    data = read(path, dtype)
+    module = SS2D(d_model=8, d_state=16).to(dtype)
     errors = _module_errors(module, data, SSM)
     inner = data["core_in"].permute(0, 2, 3, 1)  # (b, h, w, d)
     scan, order = module.scan, path_order(*inner.shape[1:3], inner.device)
@@ -91,10 +92,10 @@ def ss2d_errors(path: Path) -> Errors:
     return errors
 
 
-def block_errors(path: Path) -> Errors:
+def block_errors(path: Path, dtype: torch.dtype = torch.float64) -> Errors:
     """Compare one block in evaluation mode."""
-    block = SSConvSSM(channels=16, d_state=16, norm="batch", drop_path=0.0).double().eval()
-    return _module_errors(block, read(path), BLOCK)
+    block = SSConvSSM(channels=16, d_state=16, norm="batch", drop_path=0.0).to(dtype).eval()
+    return _module_errors(block, read(path, dtype), BLOCK)
 
 
 def merge_errors(path: Path) -> Errors:
@@ -192,6 +193,18 @@ def main(arguments: list[str] | None = None) -> int:
             worst = max(errors, key=errors.__getitem__)
             rows.append((path.stem, worst, errors[worst]))
             figures[f"error_{group}"] = max(figures.get(f"error_{group}", 0.0), errors[worst])
+    with_scan = {"scan": scan_errors, "ss2d": ss2d_errors, "block": block_errors}
+    for group, errors_of in with_scan.items():
+        if active_backend("cpu") != "native":
+            print("native: left out, it cannot run here", file=sys.stderr)
+            break
+        for path in sorted(options.fixtures.glob(GROUPS[group][0])):
+            errors = errors_of(path, torch.float32)
+            for kind, chosen in {"forward": False, "gradient": True}.items():
+                found = {k: v for k, v in errors.items() if ("grad" in k) is chosen}
+                worst, figure = max(found, key=found.__getitem__), f"error_native_{kind}"
+                rows.append((f"native {path.stem}", worst, found[worst]))
+                figures[figure] = max(figures.get(figure, 0.0), found[worst])
     if options.json:
         machine = {"processor": platform.machine(), "torch": torch.__version__}
         print(json.dumps({"machine": machine, "figures": figures}))

@@ -8,9 +8,9 @@ from torch import Tensor
 from medmamba.config import ModelError
 
 
-def wide(*tensors: Tensor) -> torch.dtype:
+def wide(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any tensor has it, else float32: half precision loses the long recurrence."""
-    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if double else torch.float32
 
 
@@ -71,7 +71,7 @@ def check_ss2d(
     D: Tensor,
     order: Tensor,
 ) -> None:
-    """Check the arguments of ``ss2d_scan``; the entries of ``order`` too.
+    """Check the arguments of ``ss2d_scan``, but for the entries of ``order``.
 
     Raises:
         ModelError: Names the argument, and what it has to be.
@@ -101,6 +101,27 @@ def check_ss2d(
         raise ModelError(
             f"projected.shape={tuple(projected.shape)} expected {(b, l, k * (r + 2 * n))} "
             f"for k={k}, r={r}, n={n}"
+        )
+
+
+def check_order(order: Tensor) -> None:
+    """Check that every path visits every position once.
+
+    Args:
+        order: (k, l), on the CPU.
+
+    Raises:
+        ModelError: Names the path and the first position that it leaves out.
+    """
+    l = order.shape[1]  # noqa: E741
+    visited = order.long().sort(dim=1).values
+    wrong = (visited != torch.arange(l)).nonzero()
+    if len(wrong):
+        path, position = wrong[0].tolist()
+        raise ModelError(
+            f"order[{path}]={order[path].tolist()[:8]} expected every position from 0 to {l - 1} "
+            f"once: position {position} is missing or another is there twice",
+            "a path is a permutation of the positions",
         )
 
 

@@ -18,10 +18,11 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from medmamba.config import ModelError
-from medmamba.scan import paths
-from medmamba.scan.checks import check_scan, check_ss2d, wide
+from medmamba.scan import native, paths, reference  # noqa: F401 native's hook on fork
+from medmamba.scan.checks import check_order, check_scan, check_ss2d, wide
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +128,16 @@ def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def _check_no_tangent(module: ModuleType, tensors: tuple[Tensor | None, ...]) -> None:
+    """Refuse forward-mode differentiation, which operators of our own would pass over as zero."""
+    given = (tensor for tensor in tensors if tensor is not None)
+    if module is not reference and any(unpack_dual(t).tangent is not None for t in given):
+        raise ModelError(
+            "forward-mode differentiation expected backend=reference",
+            "give backend=reference, or differentiate backwards",
+        )
+
+
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"medmamba.scan.{name}")
 
@@ -202,15 +213,19 @@ def selective_scan(
 
     Returns:
         y (b, d, l) in the dtype of u; with return_last_state also the state (b, d, n). Inside
-        everything is float32, or float64 if u, delta, A, B or C is.
+        everything is float32, or float64 if any tensor is.
 
     Raises:
         ModelError: A shape does not fit, a tensor is not real, or the backend cannot run.
     """
     check_scan(u, delta, A, B, C, D, z, delta_bias)
-    run = _module(active_backend(u.device, backend, wide(u, delta, A, B, C))).selective_scan
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    module = _module(active_backend(u.device, backend, wide(*tensors)))
+    _check_no_tangent(module, tensors)
     with _no_autocast(u.device.type):
-        return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+        return module.selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state
+        )
 
 
 @torch.compiler.allow_in_graph
@@ -242,14 +257,18 @@ def ss2d_scan(
         backend: See ``active_backend``.
 
     Returns:
-        (b, l, d), in the dtype of x; inside everything is float32, or float64 if x is.
+        (b, l, d), in the dtype of x; inside everything is float32, or float64 if any tensor is.
 
     Raises:
         ModelError: A shape does not fit, or the backend cannot run.
     """
     check_ss2d(x, projected, dt_weight, dt_bias, A, D, order)
-    dtype = wide(x, projected, dt_weight, dt_bias, A, D)
+    tensors = (x, projected, dt_weight, dt_bias, A, D)
+    dtype = wide(*tensors)
     module = _module(active_backend(x.device, backend, dtype))
+    _check_no_tangent(module, tensors)
+    if module is reference and type(order) is Tensor:  # not in tracing
+        check_order(order)
     with _no_autocast(x.device.type):
         if hasattr(module, "ss2d_scan"):
             return module.ss2d_scan(x, projected, dt_weight, dt_bias, A, D, order)

@@ -12,7 +12,6 @@ Source: section 3.2 of arXiv 2403.03849; ``SS2D.forward_corev0`` of the official
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,23 +22,12 @@ def path_order(height: int, width: int, device: torch.device) -> Tensor:
     """Return MedMamba's four paths over an image: a table (k, l) of positions, int32.
 
     Path 0 goes along rows, 1 along columns, 2 and 3 the same two backwards; position row * width +
-    column.
+    column. Made anew each time: it costs microseconds, and a kept table would outlive the tracing
+    that made it.
     """
-    # Under tracing the sizes may be symbols, which no cache can hold.
-    make = _make_order if torch.compiler.is_compiling() else _cached_order
-    return make(height, width, device)
-
-
-def _make_order(height: int, width: int, device: torch.device) -> Tensor:
     positions = torch.arange(height * width, dtype=torch.int32, device=device).view(height, width)
     rows, columns = positions.flatten(), positions.t().flatten()
     return torch.stack((rows, columns, rows.flip(0), columns.flip(0)))
-
-
-@lru_cache(maxsize=64)
-def _cached_order(height: int, width: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # usable in training whoever asked first
-        return _make_order(height, width, device)
 
 
 def each_path(
@@ -115,6 +103,13 @@ class _Reorder(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         """Keep the order."""
         ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        """Reorder the tangent alike."""
+        (order,) = ctx.saved_tensors
+        return tangent.index_select(1, order)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -47,7 +47,7 @@ def selective_scan(
 
     Shapes are not checked here: the dispatcher has done it.
     """
-    dtype = wide(u, delta, A, B, C)
+    dtype = wide(u, delta, A, B, C, D, z, delta_bias)
     x, delta, A = u.to(dtype), delta.to(dtype), A.to(dtype)
     if delta_bias is not None:
         delta = delta + delta_bias.to(dtype).unsqueeze(-1)

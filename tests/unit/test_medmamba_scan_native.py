@@ -9,8 +9,10 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 from medmamba import MedMamba
@@ -84,7 +86,7 @@ shapes = st.fixed_dictionaries(
         "b": st.integers(1, 3),
         "g": st.integers(1, 8),
         "channels": st.integers(1, 40),
-        "l": st.one_of(st.integers(1, 70), st.sampled_from([31, 32, 33, 64, 200])),
+        "l": st.one_of(st.integers(1, 70), st.sampled_from([31, 32, 33, 64]), st.integers(1, 5000)),
         "n": st.one_of(st.integers(1, 20), st.sampled_from([32, 64])),
         "constant": st.sets(st.sampled_from(["B", "C"])),
         "per_example": st.booleans(),
@@ -94,10 +96,21 @@ shapes = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=60)
-@given(shapes)
-def test_any_shape_is_as_precise_as_promised(shape):
-    assert_precise(scan_inputs(**shape))
+def limited(shape):
+    """Shapes whose float64 reference takes no minute."""
+    size = shape["b"] * shape["g"] * shape["channels"] * shape["l"] * shape["n"]
+    return size <= 4_000_000
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.filter_too_much])
+@given(shapes.filter(limited), st.sampled_from(library.isas() or ("none",)), st.booleans())
+def test_any_shape_is_as_precise_as_promised(shape, isa, gated):
+    inputs = scan_inputs(**shape)
+    if gated:
+        inputs["z"] = torch.randn_like(inputs["u"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(library.ISA_VARIABLE, isa)
+        assert_precise(inputs)
 
 
 @pytest.mark.parametrize("isa", library.isas())
@@ -156,6 +169,44 @@ def test_infinities_end_where_they_do_in_the_reference(name, value):
     torch.testing.assert_close(got[finite], expected[finite], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rate", [1e-6, 1e-4, 1e-3])
+def test_a_state_that_hardly_decays_is_as_precise_as_float32_allows(rate):
+    """1e-5 is out of reach where the rounding of exp(delta A) adds up over thousands of steps."""
+    inputs = scan_inputs(1, 1, 5, 3000, 4, (), False, ORDINARY, seed=4)
+    inputs["delta"] = torch.full_like(inputs["delta"], 0.5)
+    inputs["A"] = -rate * torch.rand_like(inputs["A"])
+    expected = differentiate(inputs, torch.float64, "reference")
+    single = differentiate(inputs, torch.float32, "reference")
+    got = differentiate(inputs, torch.float32, "native")
+    for name, value in got.items():
+        bound = max(FORWARD, 3 * error(single[name], expected[name]))
+        assert error(value, expected[name]) <= bound, name
+
+
+LOSSES = {
+    "expanded": lambda y, state: y.sum() + state.sum(),
+    "transposed": lambda y, state: (y.mT * torch.ones_like(y.mT)).sum() + (state.mT * 2).sum(),
+    "the last state alone": lambda y, state: (state.mT * torch.ones_like(state.mT)).sum(),
+    "y alone": lambda y, state: (y[..., ::2] * 3).sum(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_gradients_may_arrive_in_any_layout(loss):
+    inputs = scan_inputs(2, 2, 40, 300, 5, (), False, ORDINARY, seed=1)
+    results = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "native")):
+        tensors = {k: t.to(dtype).requires_grad_() for k, t in inputs.items()}
+        y, state = selective_scan(
+            **tensors, delta_softplus=True, return_last_state=True, backend=backend
+        )
+        results.append(
+            torch.autograd.grad(loss(y, state), list(tensors.values()), materialize_grads=True)
+        )
+    for name, expected, got in zip(inputs, *results, strict=True):
+        assert error(got, expected) <= BACKWARD, name
+
+
 def ss2d_inputs(b, height, width, d, n, r, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
@@ -195,6 +246,49 @@ def test_the_fused_scan_is_the_four_scans(b, height, width, d, n, r):
         assert error(value, truth) <= BACKWARD
 
 
+@pytest.mark.parametrize("loss", [torch.sum, lambda y: (y.mT * torch.ones_like(y.mT)).sum()])
+def test_gradients_along_paths_may_arrive_in_any_layout(loss):
+    inputs = ss2d_inputs(3, 12, 11, 90, 16, 3)
+    order = path_order(12, 11, torch.device("cpu"))
+    results = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "native")):
+        tensors = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        y = ss2d_scan(*tensors, order, backend=backend)
+        results.append(torch.autograd.grad(loss(y), tensors))
+    for expected, got in zip(*results, strict=True):
+        assert error(got, expected) <= BACKWARD
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("index", range(6))
+def test_what_is_no_number_spreads_along_paths_as_in_the_reference(index, value):
+    inputs = ss2d_inputs(2, 4, 9, 18, 3, 2)
+    flat = inputs[index].view(-1)
+    flat[flat.numel() // 2] = value
+    order = path_order(4, 9, torch.device("cpu"))
+    expected = differentiate_paths(inputs, order, torch.float32, "reference")
+    got = differentiate_paths(inputs, order, torch.float32, "native")
+    for tensor, truth in zip(got, expected, strict=True):
+        assert not (truth.isnan() & tensor.isfinite()).any()
+    assert torch.equal(got[0].isfinite(), expected[0].isfinite())
+
+
+def test_paths_take_half_precision_any_layout_and_no_example():
+    inputs = ss2d_inputs(2, 4, 9, 18, 3, 2)
+    order = path_order(4, 9, torch.device("cpu"))
+    expected = ss2d_scan(*inputs, order, backend="native")
+    apart = [torch.stack((tensor, tensor), -1)[..., 0] for tensor in inputs]
+    table = torch.stack((order, order), -1)[..., 0]
+    assert torch.equal(ss2d_scan(*apart, table, backend="native"), expected)
+    half = [tensor.bfloat16() for tensor in inputs]
+    rounded = ss2d_scan(*(tensor.float() for tensor in half), order, backend="native")
+    y = ss2d_scan(*half, order, backend="native")
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, rounded.bfloat16())
+    none = [inputs[0][:0], inputs[1][:0], *inputs[2:]]
+    assert ss2d_scan(*none, order, backend="native").shape == (0, 36, 18)
+
+
 @pytest.mark.parametrize("table", [[[0, 1, 1]], [[0, 1, 3]], [[-1, 0, 1]], [[0, 1, 2], [2, 2, 0]]])
 def test_a_path_that_is_no_permutation_is_refused(table):
     order = torch.tensor(table, dtype=torch.int32)
@@ -204,7 +298,7 @@ def test_a_path_that_is_no_permutation_is_refused(table):
         torch.zeros(k, d), torch.zeros(k, d, n), torch.zeros(k, d), order,
     )  # fmt: skip
     with pytest.raises(
-        ModelError, match=r"^order expected every path to visit every position once"
+        ModelError, match=r"^order\[[01]\]=\[.*\] expected every position from 0 to 2 once"
     ):
         ss2d_scan(*arguments, backend="native")
 
@@ -238,14 +332,29 @@ def test_any_number_of_threads_gives_the_same_bytes(threads):
             assert torch.equal(got, expected)
 
 
-def test_an_example_gets_the_same_bytes_in_any_batch():
-    inputs = scan_inputs(3, 2, 20, 50, 5, (), False, ORDINARY, seed=2)
-    together = selective_scan(**inputs, delta_softplus=True, backend="native")
-    shared = ("A", "D", "delta_bias")
-    for i in range(3):
-        alone = {k: t if k in shared else t[i : i + 1] for k, t in inputs.items()}
-        got = selective_scan(**alone, delta_softplus=True, backend="native")
-        assert torch.equal(got, together[i : i + 1])
+@pytest.mark.parametrize("d", [20, 400])
+def test_an_example_gets_the_same_bytes_in_any_batch(d):
+    """Outputs and all gradients, of 400 channels too, whose sums are taken in parts."""
+    inputs = scan_inputs(5, 1, d, 50, 5, (), True, ORDINARY, seed=2)
+    paths = ss2d_inputs(5, 5, 4, d, 5, 3)
+    order = path_order(5, 4, torch.device("cpu"))
+    weight = torch.randn(5, d, 50, generator=torch.Generator().manual_seed(3))
+
+    def scan(chosen):
+        tensors = {k: t[chosen].requires_grad_() for k, t in inputs.items()}
+        y = selective_scan(**tensors, delta_softplus=True, backend="native")
+        return y, *torch.autograd.grad((y * weight[chosen]).sum(), list(tensors.values()))
+
+    def along(chosen):
+        x, projected = (tensor[chosen].requires_grad_() for tensor in paths[:2])
+        y = ss2d_scan(x, projected, *paths[2:], order, backend="native")
+        return y, *torch.autograd.grad(y.square().sum(), (x, projected))
+
+    for run in (scan, along):
+        together = run(slice(None))
+        for i in range(5):
+            for got, expected in zip(run(slice(i, i + 1)), together, strict=True):
+                assert torch.equal(got[0], expected[i])
 
 
 @pytest.mark.parametrize("constant", [(), ("B",), ("C",), ("B", "C")])
@@ -332,7 +441,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
     u = inputs.pop("u").requires_grad_()
     y = selective_scan(u, **inputs, backend="native")
     (gradient,) = torch.autograd.grad(y.square().sum(), u, create_graph=True)
-    with pytest.raises(NotImplementedError, match="has no second derivative; the reference"):
+    with pytest.raises(ModelError, match=r"^create_graph=True expected False: the native backend"):
         gradient.sum().backward()
 
 
@@ -409,6 +518,120 @@ def test_a_child_process_scans_too_and_to_the_same_bytes(method, threads):
     assert torch.equal(got, expected)
 
 
+def test_a_child_scans_although_its_parent_never_has():
+    """The parent's pool of threads exists, from another operation, and is lost in the fork."""
+    script = """
+import os, torch, medmamba.scan
+torch.set_num_threads(2)
+u = torch.randn(1, 64, 4000); A = -torch.rand(64, 4); B = torch.randn(1, 4, 4000)
+torch.mm(torch.randn(1500, 1500), torch.randn(1500, 1500)); torch.randn(10**6).exp()
+pid = os.fork()
+if pid == 0:
+    with torch.no_grad():
+        medmamba.scan.selective_scan(u, u, A, B, B, backend="native")
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        capture_output=True, text=True, check=True, timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert done.stdout.strip() == "7"
+
+
+def test_what_was_exported_without_gradients_can_be_differentiated():
+    torch.manual_seed(0)
+    scan = DirectionalScan(d_inner=8, d_state=4, rank=2)
+    x, projected = torch.randn(2, 4, 4, 8), torch.randn(2, 4, 4, 4 * (2 + 8))
+    with torch.no_grad():
+        exported = torch.export.export(scan, (x, projected), strict=False).module()
+    leaf = x.clone().requires_grad_()
+    scan(leaf, projected).square().sum().backward()
+    expected, leaf.grad = leaf.grad, None
+    exported(leaf, projected).square().sum().backward()
+    assert torch.equal(leaf.grad, expected)
+
+
+def test_a_kept_scan_of_another_instruction_set_is_refused(monkeypatch):
+    if len(library.isas()) < 2:
+        pytest.skip("this processor has one instruction set")
+    u = torch.randn(1, 8, 40, requires_grad=True)
+    A, B = -torch.rand(8, 3), torch.randn(1, 3, 40)
+    y = selective_scan(u, u, A, B, B, backend="native")
+    monkeypatch.setenv(library.ISA_VARIABLE, library.isas()[-1])
+    with pytest.raises(ModelError, match=r"^boundaries.shape=\(.*\) expected \(") as failure:
+        y.sum().backward()
+    assert failure.value.hint.startswith("leave MEDMAMBA_SCAN_ISA unchanged")
+
+
+def shortened(tensor):
+    return tensor[..., :-1] if tensor.is_floating_point() else tensor[:, :-1]
+
+
+@pytest.mark.parametrize("name", ["native_scan", "native_ss2d"])
+@pytest.mark.parametrize("change", [shortened, torch.Tensor.double, lambda t: t[0]])
+def test_an_operator_called_by_itself_checks_what_it_gets(name, change):
+    arguments = operator_arguments()[name]
+    operator = getattr(torch.ops.medmamba, name)
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            changed = [*arguments[:i], change(argument), *arguments[i + 1 :]]
+            with pytest.raises(ModelError, match=r"^[\w.]+=.* expected "):
+                operator(*changed)
+
+
+@pytest.mark.parametrize("name", ["native_scan", "native_ss2d"])
+def test_an_operators_backward_checks_what_it_gets(name):
+    arguments = operator_arguments()[name][:-1]
+    y, *_, kept = getattr(torch.ops.medmamba, name)(*arguments, True)
+    backward = getattr(torch.ops.medmamba, f"{name}_backward")
+    grads = (y, None) if name == "native_scan" else (y,)
+    backward(*grads, *arguments, kept)
+    for bad, boundaries in ((y[:, :-1], kept), (y.double(), kept), (y, kept[:-1]), (y, y)):
+        with pytest.raises(ModelError, match=r"^[\w.]+=.* expected "):
+            backward(bad, *grads[1:], *arguments, boundaries)
+
+
+def test_tracing_leaves_nothing_behind():
+    scan = DirectionalScan(d_inner=8, d_state=4, rank=2)
+    x, projected = torch.randn(2, 7, 3, 8), torch.randn(2, 7, 3, 4 * (2 + 8))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        scan(x, projected)
+    assert type(scan(x, projected)) is torch.Tensor
+    make_fx(lambda *given: scan(*given), tracing_mode="fake", _allow_non_fake_inputs=True)(
+        x, projected
+    )
+    assert type(scan(x, projected)) is torch.Tensor
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("fused", [False, True])
+def test_forward_mode_is_refused_rather_than_zero(fused):
+    if fused:
+        x, *rest = ss2d_inputs(1, 2, 3, 4, 3, 2)
+        order = path_order(2, 3, torch.device("cpu"))
+
+        def scan(given, backend):
+            return ss2d_scan(given, *rest, order, backend=backend)
+    else:
+        x, A, B = torch.randn(1, 4, 6), -torch.rand(4, 3), torch.randn(1, 3, 6)
+
+        def scan(given, backend):
+            return selective_scan(given, given, A, B, B, backend=backend)
+
+    with pytest.raises(ModelError, match=r"^forward-mode differentiation expected backend=ref"):
+        torch.func.jvp(lambda t: scan(t, "native"), (x,), (torch.ones_like(x),))
+    _, tangent = torch.func.jvp(lambda t: scan(t, "reference"), (x,), (torch.ones_like(x),))
+    assert tangent.abs().sum() > 0
+
+
+def test_one_float64_tensor_takes_the_whole_scan_to_the_reference():
+    inputs = scan_inputs(1, 1, 4, 6, 3, (), False, ORDINARY, seed=0)
+    expected = selective_scan(**{k: t.double() for k, t in inputs.items()}).float()
+    assert torch.equal(selective_scan(**inputs | {"D": inputs["D"].double()}), expected)
+
+
 def test_whole_model_logits_and_gradients_are_those_of_float64():
     torch.manual_seed(0)
     model = MedMamba.from_name("nano", num_classes=3, norm="group", drop_path=0.0)
@@ -432,7 +655,7 @@ def test_memory_that_is_short_is_an_error(monkeypatch):
 
         @staticmethod
         def scan_forward(_):
-            return ops._NO_MEMORY
+            return ops.NO_MEMORY
 
     monkeypatch.setattr(library, "load", Short)
     inputs = scan_inputs(1, 1, 2, 3, 2, (), False, ORDINARY, 0)

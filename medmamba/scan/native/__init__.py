@@ -1,8 +1,11 @@
 """The selective scan on a CPU: a kernel in C, wrapped as operators of PyTorch.
 
 ``kernel.h`` says what the kernel computes, ``build.py`` compiles it when the project is installed,
-``library.py`` loads it, ``ops.py`` makes operators of it, and this file gives them the arguments of
-the seam, ``medmamba.scan``.
+``library.py`` loads it, ``scan_op.py`` and ``ss2d_op.py`` make operators of it, and this file gives
+them the arguments of the seam, ``medmamba.scan``.
+
+The same inputs give the same bytes on any number of threads. The gate z alone is PyTorch's: where
+PyTorch splits its work may change the last bit there.
 """
 
 from __future__ import annotations
@@ -12,13 +15,22 @@ from torch import Tensor
 from torch.nn import functional
 
 from medmamba.config import ModelError
-from medmamba.scan.native import library
+from medmamba.scan.native import library, scan_op, ss2d_op
 from medmamba.scan.native.library import unavailable
 
-__all__ = ["DEVICES", "REPRODUCIBLE", "details", "selective_scan", "ss2d_scan", "unavailable"]
+__all__ = [
+    "DEVICES",
+    "REPRODUCIBLE",
+    "details",
+    "scan_op",
+    "selective_scan",
+    "ss2d_op",
+    "ss2d_scan",
+    "unavailable",
+]
 
 DEVICES = ("cpu",)
-REPRODUCIBLE = True  # same inputs, same bytes, whatever the number of threads
+REPRODUCIBLE = True
 
 
 def details() -> dict[str, str]:
@@ -95,8 +107,6 @@ def ss2d_scan(
 
 
 def _check(**tensors: Tensor | None) -> None:
-    from medmamba.scan.native import ops  # noqa: F401  registers the operators
-
     for name, tensor in tensors.items():
         if tensor is None:
             continue

@@ -12,14 +12,12 @@
 
 #define CHUNK 32
 
-// States kept in registers at once: x86 with AVX-512 has 32 vector registers, without it 16.
-#if W == 16
-#define FORWARD_STATES 4
-#define BACKWARD_STATES 4
-#else
-#define FORWARD_STATES 4
-#define BACKWARD_STATES 4
-#endif
+#define STATES 4  // that are kept in registers at once
+
+// exp(delta A) is computed as 2^(delta A log2(e)). A is kept finite: -inf times a step of 0 is no number.
+static void to_base_two(vec *A, long count) {
+    for (long i = 0; i < count; i++) A[i] = at_least(broadcast(-FLT_MAX), A[i] * LOG2_E);
+}
 
 typedef struct {
     int steps, n;               // steps of this tile, states
@@ -54,8 +52,8 @@ INLINE void forward_states(const int count, const int constant_B, const int cons
 // y[l] += C_l . h_l, and h moves on to the end of the tile.
 INLINE void forward_tile(const int constant_B, const int constant_C, const Tile *t, vec *h, vec *y) {
     int n0 = 0;
-    for (; n0 + FORWARD_STATES <= t->n; n0 += FORWARD_STATES)
-        forward_states(FORWARD_STATES, constant_B, constant_C, t, n0, h, y);
+    for (; n0 + STATES <= t->n; n0 += STATES)
+        forward_states(STATES, constant_B, constant_C, t, n0, h, y);
     for (; n0 < t->n; n0++) forward_states(1, constant_B, constant_C, t, n0, h, y);
 }
 
@@ -137,7 +135,7 @@ INLINE void backward_states(const int count, const int constant_B, const int con
 INLINE void backward_tile(const int constant_B, const int constant_C, const int first, const Tile *t,
                           const vec_in_memory *start, const vec *grad_y, TileGradient *g) {
     int n0 = 0;
-    for (; n0 + BACKWARD_STATES <= t->n; n0 += BACKWARD_STATES)
-        backward_states(BACKWARD_STATES, constant_B, constant_C, first, t, n0, start, grad_y, g);
+    for (; n0 + STATES <= t->n; n0 += STATES)
+        backward_states(STATES, constant_B, constant_C, first, t, n0, start, grad_y, g);
     for (; n0 < t->n; n0++) backward_states(1, constant_B, constant_C, first, t, n0, start, grad_y, g);
 }

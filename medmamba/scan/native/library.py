@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401 brings the OpenMP runtime that is then shared
+import torch  # brings the OpenMP runtime that is then shared
 
 from medmamba.config import ModelError
 from medmamba.scan.native.structs import ScanArguments, Ss2dArguments
@@ -58,6 +58,23 @@ class Kernel:
     scan_backward: Callable[[Any], int]
     ss2d_forward: Callable[[Any], int]
     ss2d_backward: Callable[[Any], int]
+
+
+# The pool of threads does not survive a fork: a child that used it would wait for ever.
+_in_forked_child = False
+
+
+def _note_fork() -> None:
+    global _in_forked_child
+    _in_forked_child = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def num_threads() -> int:
+    """Return how many threads a call may use: PyTorch's number, but one in a forked child."""
+    return 1 if _in_forked_child else torch.get_num_threads()
 
 
 @dataclass(frozen=True)

@@ -97,12 +97,11 @@ static ScanBlock scan_block(const Scan *s, const ScanPlace *p, long i) {
 }
 
 // Vectors over the channels of each block, from and to (d, n). `to` has W vectors to spare.
-static void load_states(const Scan *s, const ScanPlace *p, const float *from, float scale, vec *to) {
+static void load_states(const Scan *s, const ScanPlace *p, const float *from, vec *to) {
     for (long i = 0; i < p->blocks; i++) {
         ScanBlock k = scan_block(s, p, i);
         load_chunk(from + k.channel * s->n, s->n, k.count, (int)s->n, 0, to + i * s->n);
     }
-    for (long i = 0; i < p->blocks * s->n; i++) to[i] *= scale;
 }
 static void store_states(const Scan *s, const ScanPlace *p, const vec *from, float *to) {
     for (long i = 0; i < p->blocks; i++) {
@@ -117,9 +116,10 @@ INLINE void scan_forward(const int constant_B, const int constant_C, const Scan 
     vec *A = take(&scratch, states, sizeof(vec)), *h = take(&scratch, states, sizeof(vec));
     vec *B = take(&scratch, states, sizeof(vec)), *C = take(&scratch, states, sizeof(vec));
     float *rows = take(&scratch, CHUNK * 2 * n, sizeof(float));
-    load_states(s, p, s->A + p->example * s->A_stride, LOG2_E, A);
-    if (constant_B) load_states(s, p, s->B, 1.f, B);
-    if (constant_C) load_states(s, p, s->C, 1.f, C);
+    load_states(s, p, s->A + p->example * s->A_stride, A);
+    to_base_two(A, p->blocks * n);
+    if (constant_B) load_states(s, p, s->B, B);
+    if (constant_C) load_states(s, p, s->C, C);
     memset(h, 0, sizeof(vec) * p->blocks * n);
     for (long chunk = 0; chunk < p->chunks; chunk++) {
         long l0 = chunk * CHUNK;
@@ -157,15 +157,16 @@ INLINE void scan_backward(const int constant_B, const int constant_C, const Scan
     vec *grad_D = take(&scratch, p->blocks, sizeof(vec)), *grad_bias = take(&scratch, p->blocks, sizeof(vec));
     vec *B_rows = take(&scratch, rows_size(n), sizeof(vec)), *C_rows = take(&scratch, rows_size(n), sizeof(vec));
     float *rows = take(&scratch, CHUNK * 2 * n, sizeof(float));
-    load_states(s, p, s->A + p->example * s->A_stride, LOG2_E, A);
-    if (constant_B) load_states(s, p, s->B, 1.f, B);
-    if (constant_C) load_states(s, p, s->C, 1.f, C);
+    load_states(s, p, s->A + p->example * s->A_stride, A);
+    to_base_two(A, p->blocks * n);
+    if (constant_B) load_states(s, p, s->B, B);
+    if (constant_C) load_states(s, p, s->C, C);
     memset(grad_A, 0, sizeof(vec) * states);
     memset(grad_B, 0, sizeof(vec) * states);
     memset(grad_C, 0, sizeof(vec) * states);
     memset(grad_D, 0, sizeof(vec) * p->blocks);
     memset(grad_bias, 0, sizeof(vec) * p->blocks);
-    if (s->grad_last_state) load_states(s, p, s->grad_last_state + p->example * s->d * n, 1.f, grad_h);
+    if (s->grad_last_state) load_states(s, p, s->grad_last_state + p->example * s->d * n, grad_h);
     else memset(grad_h, 0, sizeof(vec) * states);
     for (long chunk = p->chunks - 1; chunk >= 0; chunk--) {
         long l0 = chunk * CHUNK;

@@ -43,12 +43,11 @@ static Ss2dBlock ss2d_block(const Ss2d *s, const Ss2dPlace *p, long path, long i
 
 // Vectors over the channels of each block, from and to (k, d, columns). `to` has W vectors to spare.
 static void load_columns(const Ss2d *s, const Ss2dPlace *p, long path, const float *from, long stride, long columns,
-                         float scale, vec *to) {
+                         vec *to) {
     for (long i = 0; i < p->blocks; i++) {
         Ss2dBlock k = ss2d_block(s, p, path, i);
         load_chunk(from + p->example * stride + k.parameter * columns, columns, k.count, (int)columns, 0, to + i * columns);
     }
-    for (long i = 0; i < p->blocks * columns; i++) to[i] *= scale;
 }
 static void store_columns(const Ss2d *s, const Ss2dPlace *p, long path, const vec *from, long columns, float *to) {
     for (long i = 0; i < p->blocks; i++) {
@@ -129,8 +128,9 @@ static void ss2d_forward(const Ss2d *s, const Ss2dPlace *p, char *scratch) {
     for (long path = 0; path < s->k; path++) {
         const int32_t *order = s->order + path * s->l;
         const float *projected = s->projected + (p->example * s->l * s->k + path) * columns;
-        load_columns(s, p, path, s->A, s->A_stride, n, LOG2_E, A);
-        load_columns(s, p, path, s->dt_weight, s->dt_weight_stride, r, 1.f, weight);
+        load_columns(s, p, path, s->A, s->A_stride, n, A);
+        to_base_two(A, p->blocks * n);
+        load_columns(s, p, path, s->dt_weight, s->dt_weight_stride, r, weight);
         memset(h, 0, sizeof(vec) * p->blocks * n);
         for (long chunk = 0; chunk < p->chunks; chunk++) {
             const int32_t *at = order + chunk * CHUNK;
@@ -180,8 +180,9 @@ static void ss2d_backward(const Ss2d *s, const Ss2dPlace *p, char *scratch) {
         const int32_t *order = s->order + path * s->l;
         const float *projected = s->projected + (p->example * s->l * s->k + path) * columns;
         float *grad_projected = s->grad_projected + ((p->part * s->b + p->example) * s->l * s->k + path) * columns;
-        load_columns(s, p, path, s->A, s->A_stride, n, LOG2_E, A);
-        load_columns(s, p, path, s->dt_weight, s->dt_weight_stride, r, 1.f, weight);
+        load_columns(s, p, path, s->A, s->A_stride, n, A);
+        to_base_two(A, p->blocks * n);
+        load_columns(s, p, path, s->dt_weight, s->dt_weight_stride, r, weight);
         memset(grad_h, 0, sizeof(vec) * states);
         memset(grad_A, 0, sizeof(vec) * states);
         memset(grad_weight, 0, sizeof(vec) * p->blocks * r);

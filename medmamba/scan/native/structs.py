@@ -22,9 +22,10 @@ _SS2D_NUMBERS = "b l d k n r dt_weight_stride dt_bias_stride A_stride D_stride p
 
 
 class _Arguments(ctypes.Structure):
-    """A struct that takes tensors for its pointers; the caller keeps them alive."""
+    """A struct that takes tensors for its pointers, and keeps them as long as it lives."""
 
     def __init__(self, **fields: Tensor | int | None) -> None:
+        self.fields = fields
         super().__init__(
             **{
                 name: value.data_ptr() if isinstance(value, Tensor) else value

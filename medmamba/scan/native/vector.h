@@ -6,6 +6,7 @@
 //
 // NaN in gives NaN out: every comparison below lets a NaN pass. Denormals count as zero, because the
 // entry points switch the processor to that mode where it has one (x86).
+#include <float.h>
 #include <stdint.h>
 #include <string.h>
 

@@ -40,6 +40,7 @@ check: lint  ## lint, then unit and contract tests
 	$(TEST_ENV) $(BIN)/python -m pytest tests/unit tests/contract
 
 bench: $(VENV)/installed-dev  ## measure the figures of docs/benchmarks.md and write that page
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/run_all.py
 
 clean:  ## remove the environment and caches; runs and site files stay

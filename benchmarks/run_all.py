@@ -26,11 +26,12 @@ HEAD = """# Benchmarks
 Written by `make bench` from what the scripts in `benchmarks/` print; benchmarks report, no test
 asserts a time. Ratios come from interleaved rounds in one process, medians over the rounds.
 
-**No figure here is from a GPU.** The CUDA path (device choice, training step, memory) has not been
-run by the project yet.
+**No figure here is from a GPU.** The CUDA path (device choice, training step, memory, mamba-ssm and
+our Triton kernels) has not been run by the project yet.
 """
 
 Results = dict[str, dict[str, Any]]
+CANNOT_RUN_HERE = 2  # a script's exit status where its device is missing
 
 
 def names() -> list[str]:
@@ -39,8 +40,8 @@ def names() -> list[str]:
     return sorted(path.stem for path in others if "__main__" in path.read_text(encoding="utf-8"))
 
 
-def measure(name: str, *, quick: bool) -> dict[str, Any]:
-    """Run one script; returns its JSON with command, commit and date."""
+def measure(name: str, *, quick: bool) -> dict[str, Any] | None:
+    """Run one script; returns its JSON with command, commit and date, None if it cannot run here."""
     options = ["--quick"] if quick else []
     done = subprocess.run(
         [sys.executable, FOLDER / f"{name}.py", *options, "--json"],
@@ -48,7 +49,9 @@ def measure(name: str, *, quick: bool) -> dict[str, Any]:
         text=True,
         check=False,
     )
-    if done.returncode:  # it has said why
+    if done.returncode == CANNOT_RUN_HERE:  # it has said why
+        return None
+    if done.returncode:
         sys.exit(done.returncode)
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12"],
@@ -65,9 +68,13 @@ def measure(name: str, *, quick: bool) -> dict[str, Any]:
 def render(results: Results) -> str:
     """Return the page."""
     parts = [HEAD]
-    for name, result in results.items():
+    for name in names():
         about = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8")))
         title, _, details = (about or "").partition("\n\n")
+        if name not in results:
+            parts.append(f"## {name}\n\n{title}\n\n**Not measured yet.**\n")
+            continue
+        result = results[name]
         text = "\n\n".join(p for p in details.split("\n\n") if not p.startswith("    "))
         machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
         rows = [f"| `{key}` | {value:.3g} |" for key, value in result["figures"].items()]
@@ -91,7 +98,10 @@ def main() -> None:
     results: Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if not options.render:
         for name in [options.only] if options.only else names():
-            results[name] = measure(name, quick=options.quick)
+            result = measure(name, quick=options.quick)
+            if result is None:
+                continue
+            results[name] = result
             for figure, value in results[name]["figures"].items():
                 print(f"{name}.{figure} {value:.4g}", flush=True)
     if not options.quick:

@@ -41,7 +41,7 @@ def names() -> list[str]:
 
 
 def measure(name: str, *, quick: bool) -> dict[str, Any] | None:
-    """Run one script; returns its JSON with command, commit and date, None if it cannot run here."""
+    """Run one script; returns its JSON with command, commit and date, or None: cannot run here."""
     options = ["--quick"] if quick else []
     done = subprocess.run(
         [sys.executable, FOLDER / f"{name}.py", *options, "--json"],

@@ -20,7 +20,7 @@ from client.train import check_scan_backend, evaluate, train
 from strategies.arrays import hash_arrays
 from strategies.errors import FederationError, ProtocolError, RefusalError
 from strategies.records import Instruction, Reply
-from strategies.run_config import RunConfig
+from strategies.run_config import SCAN_BACKENDS, RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def _train(site: Site, run: RunConfig, instruction: Instruction, message_id: str
             "num-steps": result.num_steps,
             "seconds": seconds,
             "learning-rate": result.learning_rate,
+            "scan-backend": SCAN_BACKENDS.index(result.scan_backend),
             **sums.to_metrics("val"),
         },
     )

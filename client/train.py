@@ -45,6 +45,7 @@ class TrainResult:
         num_steps: Optimiser steps taken.
         loss: Mean class-reweighted loss over the examples seen, in nats.
         learning_rate: Of this round.
+        scan_backend: What ran the selective scan.
     """
 
     update: Arrays
@@ -52,6 +53,7 @@ class TrainResult:
     num_steps: int
     loss: float
     learning_rate: float
+    scan_backend: str
 
 
 def train(site: Site, run: RunConfig, server_round: int, weights: Arrays) -> TrainResult:
@@ -123,6 +125,7 @@ def train(site: Site, run: RunConfig, server_round: int, weights: Arrays) -> Tra
         num_steps=steps,
         loss=loss_sum / seen,
         learning_rate=rate,
+        scan_backend=active_backend(site.device, run.model.forced_scan_backend),
     )
 
 

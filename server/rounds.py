@@ -223,6 +223,7 @@ class _Run:
                     "num_steps": reply.number("num-steps") if reply else None,
                     "train_loss": losses.get(outcome.site),
                     "seconds": reply.number("seconds") if reply else None,
+                    "scan_backend": reply.scan_backend if reply else None,
                 }
             )
         log.info(

@@ -29,6 +29,7 @@ from strategies.arrays import (
 from strategies.errors import ProtocolError
 from strategies.evaluation import metric_keys
 from strategies.identity import sign, verify
+from strategies.run_config import SCAN_BACKENDS
 
 SCHEMA_VERSION = 1
 METRICS, ENVELOPE = "metrics", "envelope"
@@ -42,6 +43,7 @@ TRAIN_METRICS = {
     "num-steps": (1, 1e9),
     "seconds": (0, 1e9),
     "learning-rate": (0, 1e9),
+    "scan-backend": (0, len(SCAN_BACKENDS) - 1),  # which of them ran: its place among them
 }
 
 
@@ -131,6 +133,11 @@ class Reply:
         value = self.metrics[name]
         assert not isinstance(value, list)
         return value
+
+    @property
+    def scan_backend(self) -> str:
+        """What ran the selective scan of a training reply."""
+        return SCAN_BACKENDS[int(self.number("scan-backend"))]
 
     def signed_document(self, arrays_sha256: str) -> dict[str, object]:
         """Return the document whose canonical JSON is signed."""

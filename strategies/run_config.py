@@ -28,6 +28,8 @@ from strategies.errors import ConfigError
 
 Scalar = bool | int | float | str
 
+ScanBackend = Literal["reference", "native", "mamba_ssm", "triton"]
+SCAN_BACKENDS: tuple[str, ...] = get_args(ScanBackend)  # a reply names one by its place
 MetricName = Literal[
     "precision",
     "sensitivity",
@@ -114,7 +116,7 @@ class ModelSection(Section):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1, description="largest stochastic-depth rate of the state-space branch"
     )
-    scan_backend: Literal["auto", "reference", "native", "mamba_ssm", "triton"] = Field(
+    scan_backend: Literal["auto", ScanBackend] = Field(
         default="auto",
         description="what runs the selective scan; auto: the best that a site has, any other: a "
         "site without it refuses",

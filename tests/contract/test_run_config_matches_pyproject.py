@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tomllib
 
-from strategies.run_config import RunConfig, flatten
+from medmamba.scan import BACKENDS
+from strategies.run_config import SCAN_BACKENDS, RunConfig, flatten
 
 
 def as_toml(config: RunConfig) -> str:
@@ -39,3 +40,7 @@ def test_the_printed_table_is_the_one_to_paste():
 def test_every_value_is_of_a_kind_that_flower_carries():
     kinds = {type(value) for value in RunConfig().flatten().values()}
     assert kinds <= {bool, int, float, str}
+
+
+def test_the_scan_backends_of_a_run_are_those_of_the_model():
+    assert SCAN_BACKENDS == BACKENDS

@@ -27,11 +27,11 @@ int CALL(medmamba_ss2d_backward)(const Ss2d *);
 enum { NUMBER, INPUT, OUTPUT, MOST = 64 };
 
 typedef struct {
-    int64_t kind, value;  // the number, or the array's bytes
+    int64_t kind, value; // the number, or the array's bytes
 } Field;
 
 typedef union {
-    int64_t words[MOST];  // every field of either struct is as large as one
+    int64_t words[MOST]; // every field of either struct is as large as one
     Scan scan;
     Ss2d ss2d;
 } Arguments;
@@ -49,7 +49,8 @@ static char *guarded(size_t bytes, int at_end) {
 }
 
 // Runs the function on arrays of its own; what it wrote goes to `results`.
-static int run(const char *function, const Field *fields, size_t count, const char *inputs, int at_end, char *results) {
+static int run(const char *function, const Field *fields, size_t count, const char *inputs,
+               int at_end, char *results) {
     Arguments call = {{0}};
     for (size_t i = 0; i < count; i++) {
         size_t bytes = (size_t)fields[i].value;
@@ -57,7 +58,7 @@ static int run(const char *function, const Field *fields, size_t count, const ch
         if (fields[i].kind == NUMBER) continue;
         char *array = guarded(bytes, at_end);
         call.words[i] = (intptr_t)array;
-        memset(array, 0xff, bytes);  // NaN, where the function writes nothing
+        memset(array, 0xff, bytes); // NaN, where the function writes nothing
         if (fields[i].kind != INPUT) continue;
         memcpy(array, inputs, bytes);
         inputs += bytes;
@@ -82,13 +83,15 @@ int main(int count, char **arguments) {
     }
     if (count != 4) fail("usage: scan_driver FUNCTION INPUT OUTPUT");
     const char *function = arguments[1];
-    size_t num_fields = (strncmp(function, "scan", 4) ? sizeof(Ss2d) : sizeof(Scan)) / sizeof(int64_t);
+    size_t num_fields =
+        (strncmp(function, "scan", 4) ? sizeof(Ss2d) : sizeof(Scan)) / sizeof(int64_t);
     size_t sizes[3] = {0};
     Field fields[MOST];
     FILE *file = fopen(arguments[2], "rb");
     if (!file || fread(fields, sizeof(Field), num_fields, file) != num_fields) fail(arguments[2]);
     for (size_t i = 0; i < num_fields; i++) sizes[fields[i].kind] += (size_t)fields[i].value;
-    char *inputs = malloc(sizes[INPUT]), *results = malloc(sizes[OUTPUT]), *again = malloc(sizes[OUTPUT]);
+    char *inputs = malloc(sizes[INPUT]), *results = malloc(sizes[OUTPUT]),
+         *again = malloc(sizes[OUTPUT]);
     if (!inputs || !results || !again) fail("memory");
     if (fread(inputs, 1, sizes[INPUT], file) != sizes[INPUT]) fail(arguments[2]);
     fclose(file);
@@ -98,7 +101,8 @@ int main(int count, char **arguments) {
     if (memcmp(results, again, sizes[OUTPUT])) fail("the results depend on where the arrays are");
 
     file = fopen(arguments[3], "wb");
-    if (!file || fwrite(results, 1, sizes[OUTPUT], file) != sizes[OUTPUT] || fclose(file)) fail(arguments[3]);
+    if (!file || fwrite(results, 1, sizes[OUTPUT], file) != sizes[OUTPUT] || fclose(file))
+        fail(arguments[3]);
     free(inputs);
     free(results);
     free(again);

@@ -52,6 +52,7 @@ def reply(**changes) -> Reply:
                 "num-steps": 4,
                 "seconds": 1.25,
                 "learning-rate": 3e-4,
+                "scan-backend": 1,
                 **sums().to_metrics("val"),
             },
         ),

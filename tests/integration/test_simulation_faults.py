@@ -132,6 +132,7 @@ def test_an_update_of_nan_is_dropped_and_the_run_goes_on(tmp_path):
                 "num-steps": 1,
                 "seconds": 1.0,
                 "learning-rate": 1.0,
+                "scan-backend": 0,
                 **EvaluationSums.zeros(3).to_metrics("val"),
             },
         )

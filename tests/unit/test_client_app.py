@@ -15,6 +15,7 @@ from client.data.manifest import SPLITS, Example, ImageDataset, Manifest
 from client.site import SIGNING_KEY, Site, register
 from client.site_config import SiteConfig
 from medmamba.model import MedMamba
+from medmamba.scan import active_backend
 from medmamba.weights import to_arrays
 from simulation.grid import LocalGrid
 from strategies.arrays import Arrays
@@ -148,6 +149,7 @@ def test_training_answers_with_a_signed_update_and_validation_sums(bench, weight
     assert reply.update.keys() == weights.keys()
     assert any(value.any() for value in reply.update.values())
     assert reply.number("num-steps") == 1
+    assert reply.scan_backend == active_backend("cpu")
     sums = EvaluationSums.from_metrics("val", reply.metrics, 3)
     assert sums.num_examples == 3
 

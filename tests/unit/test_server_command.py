@@ -73,7 +73,7 @@ def test_words_go_before_the_file_and_the_file_before_defaults(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "recorded"), [("auto", "chosen by each site"), ("native", "native")]
+    ("asked", "recorded"), [("auto", "of each site: history.jsonl"), ("native", "native")]
 )
 def test_provenance_says_who_chose_the_scan_backend(tmp_path, asked, recorded):
     """The coordinator runs no scan; only what it forces on every site is known here."""

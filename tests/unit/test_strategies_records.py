@@ -241,6 +241,7 @@ def test_the_declared_metrics_are_all_that_leaves_a_site():
         "num-steps",
         "seconds",
         "learning-rate",
+        "scan-backend",
         *(f"val-{name}" for name in sums_of),
     )
     assert declared_metrics("val", "ok") == tuple(f"val-{name}" for name in sums_of)

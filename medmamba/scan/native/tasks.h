@@ -24,7 +24,8 @@ typedef struct {
 
 static void work(void *data) {
     Team *team = data;
-    char *own = team->scratch + (size_t)__atomic_fetch_add(&team->slots, 1, __ATOMIC_RELAXED) * team->bytes;
+    char *own =
+        team->scratch + (size_t)__atomic_fetch_add(&team->slots, 1, __ATOMIC_RELAXED) * team->bytes;
     unsigned mode = flush_denormals();
     for (long i; (i = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED)) < team->count;)
         team->task(team->arguments, i, own);

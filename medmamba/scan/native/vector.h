@@ -18,7 +18,7 @@
 #define W 16
 #elif defined(__AVX2__)
 #define W 8
-#else  // SSE2, NEON
+#else // SSE2, NEON
 #define W 4
 #endif
 
@@ -32,7 +32,9 @@ typedef int32_t ivec __attribute__((vector_size(4 * W), aligned(4 * W)));
 #define LN_2 0.693147180559945309417f
 
 INLINE vec broadcast(float x) { return x - (vec){0}; }
-INLINE vec blend(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+INLINE vec blend(ivec mask, vec yes, vec no) {
+    return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
+}
 
 // The larger (smaller) of bound and x; x where x is NaN.
 INLINE vec at_least(vec bound, vec x) {
@@ -76,7 +78,7 @@ INLINE vec exp2_vec(vec x) {
     p = p * f + broadcast(0.6931470036506653f);
     p = p * f + broadcast(1.f);
 #if defined(__AVX512F__)
-    return (vec)_mm512_scalef_ps((__m512)p, (__m512)k);  // 0 at -inf, inf at inf, although f is NaN
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)k); // 0 at -inf, inf at inf, although f is NaN
 #else
     return p * (vec)((ivec)biased << 23);
 #endif
@@ -86,7 +88,7 @@ INLINE vec exp2_vec(vec x) {
 // 2 atanh(e / (2 + e)) with e = exp(-|x|), so that small step sizes keep their relative accuracy.
 INLINE vec softplus_vec(vec x, vec *sigmoid) {
     vec e = exp2_vec(blend(x < 0.f, x, -x) * LOG2_E), s;
-    if (sigmoid) {  // both quotients, e / (2 + e) and 1 / (1 + e), from one division
+    if (sigmoid) { // both quotients, e / (2 + e) and 1 / (1 + e), from one division
         vec one = e + 1.f, two = e + 2.f, r = broadcast(1.f) / (one * two);
         s = e * one * r;
         r *= two;
@@ -119,8 +121,10 @@ INLINE vec softplus_vec(vec x, vec *sigmoid) {
 
 #if defined(__clang__)
 #if W == 16
-#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#define ZIP_LOW(a, b)                                                                              \
+    __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define ZIP_HIGH(a, b)                                                                             \
+    __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #elif W == 8
 #define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
 #define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
@@ -136,9 +140,11 @@ INLINE vec softplus_vec(vec x, vec *sigmoid) {
 // Transpose W x W in place: log2(W) rounds that interleave vector i with vector i + W/2.
 INLINE void transpose(vec *rows) {
     vec other[W];
-    UNROLL for (int stage = 0; stage < STAGES; stage++) {
+    UNROLL
+    for (int stage = 0; stage < STAGES; stage++) {
         vec *from = stage & 1 ? other : rows, *to = stage & 1 ? rows : other;
-        UNROLL for (int i = 0; i < W / 2; i++) {
+        UNROLL
+        for (int i = 0; i < W / 2; i++) {
             to[2 * i] = ZIP_LOW(from[i], from[i + W / 2]);
             to[2 * i + 1] = ZIP_HIGH(from[i], from[i + W / 2]);
         }
@@ -151,10 +157,12 @@ INLINE void transpose(vec *rows) {
 // leaves half as many vectors.
 INLINE vec sum_lanes(const vec *v, long stride) {
     vec sums[W];
-    UNROLL for (int i = 0; i < W; i++) sums[i] = v[i / 4 * stride + i % 4];
-    UNROLL for (int half = W / 2; half >= 1; half /= 2)
-        UNROLL for (int i = 0; i < half; i++)
-            sums[i] = ZIP_LOW(sums[i], sums[i + half]) + ZIP_HIGH(sums[i], sums[i + half]);
+    UNROLL
+    for (int i = 0; i < W; i++) sums[i] = v[i / 4 * stride + i % 4];
+    UNROLL
+    for (int half = W / 2; half >= 1; half /= 2) UNROLL
+    for (int i = 0; i < half; i++)
+        sums[i] = ZIP_LOW(sums[i], sums[i + half]) + ZIP_HIGH(sums[i], sums[i + half]);
     return sums[0];
 }
 

@@ -13,10 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medmamba.config import ModelError
 from medmamba.scan import active_backend, backend_details
 
 SHORTEST = 0.2  # seconds that a contestant runs for in a round, or one call
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # of the largest expected value
+
+
+CANNOT_RUN_HERE = os.EX_UNAVAILABLE  # exit status where the device or the kernel is missing
+
+
+def need_native() -> None:
+    """Leave with one line where the native scan, which is what is measured, cannot run."""
+    try:
+        active_backend("cpu", "native")
+    except ModelError as error:
+        print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
+        sys.exit(CANNOT_RUN_HERE)
 
 
 def check(name: str, got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

@@ -34,7 +34,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the commands set it
 
 import torch
-from measuring import describe_machine, median_ratio, seconds
+from measuring import describe_machine, median_ratio, need_native, seconds
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -296,6 +296,7 @@ def main() -> None:
     options.add_argument("--json", action="store_true", help="one JSON object")
     options.add_argument("--peak", help=argparse.SUPPRESS)
     given = options.parse_args()
+    need_native()
     keep_freed_memory()
     if given.peak:
         print(peak_mib(given.peak))

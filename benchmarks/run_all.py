@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -31,7 +32,6 @@ our Triton kernels) has not been run by the project yet.
 """
 
 Results = dict[str, dict[str, Any]]
-CANNOT_RUN_HERE = 2  # a script's exit status where its device is missing
 
 
 def names() -> list[str]:
@@ -49,7 +49,7 @@ def measure(name: str, *, quick: bool) -> dict[str, Any] | None:
         text=True,
         check=False,
     )
-    if done.returncode == CANNOT_RUN_HERE:  # it has said why
+    if done.returncode == os.EX_UNAVAILABLE:  # it has said why
         return None
     if done.returncode:
         sys.exit(done.returncode)
@@ -102,10 +102,11 @@ def main() -> None:
             if result is None:
                 continue
             results[name] = result
+            if not options.quick:
+                RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=2) + "\n")
             for figure, value in results[name]["figures"].items():
                 print(f"{name}.{figure} {value:.4g}", flush=True)
     if not options.quick:
-        RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=2) + "\n")
         PAGE.write_text(render(results), encoding="utf-8")
 
 

@@ -43,7 +43,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the commands set it
 
 import torch
-from measuring import check, describe_machine, mean_seconds, median_ratio
+from measuring import CANNOT_RUN_HERE, check, describe_machine, mean_seconds, median_ratio
 from scan_fused import fused_figures
 from scan_peers import BATCH, SCANS, forward, make_inputs, train
 from torch import Tensor
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         library.load()
     except ModelError as error:
         print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
-        return 2
+        return CANNOT_RUN_HERE
     if options.memory:
         print(extra_memory(options.memory))
         return 0

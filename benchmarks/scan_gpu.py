@@ -17,7 +17,7 @@ the smallest of them. Before that, outputs and gradients of the two are compared
 * ``triton_..._ms``: our times.
 
 Without mamba-ssm only our own figures are printed; without a CUDA device nothing is, and the exit
-status is 2.
+status says so.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
-from measuring import median_ratio
+from measuring import CANNOT_RUN_HERE, median_ratio
 from torch import Tensor
 
 from medmamba.scan import mamba_ssm, triton
@@ -195,13 +195,13 @@ def main() -> None:
     given = options.parse_args()
     if not torch.cuda.is_available():
         print("error: scan_gpu measures on a CUDA device and there is none here", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(CANNOT_RUN_HERE)
     backends = {"triton": triton, "mamba_ssm": mamba_ssm}
     for name, backend in list(backends.items()):
         if missing := backend.unavailable():
             print(f"error: {name}: {missing[0]}\nhint: {missing[1]}", file=sys.stderr)
             if backend is triton:
-                sys.exit(2)
+                sys.exit(CANNOT_RUN_HERE)
             del backends[name]
 
     figures = all_figures(backends, rounds=3 if given.quick else 15)

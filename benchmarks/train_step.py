@@ -19,7 +19,7 @@ from functools import partial
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the commands set it
 
 import torch
-from measuring import check, describe_machine, mean_seconds, median_ratio, seconds
+from measuring import check, describe_machine, mean_seconds, median_ratio, need_native, seconds
 from scan_peers import make_inputs, train
 from torch.nn import functional
 
@@ -59,6 +59,7 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="fewer rounds")
     options.add_argument("--json", action="store_true", help="one JSON object")
     given = options.parse_args()
+    need_native()
     rounds = 2 if given.quick else 5
     figures = {
         "train_vs_published": scan_ratio(rounds),

@@ -134,17 +134,19 @@ def _run(site: str, path: Path, *, insecure: bool) -> int:
     from client.data.registry import load
     from client.flower_runtime import run_node
     from client.site import Site
+    from medmamba.scan import active_backend
 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     runtime = Site(config, lambda: load(config.data, [site]))
-    # What can fail is tried before anybody relies on this site: key, log, data, device.
+    # What can fail is tried before anybody relies on this site: key, log, data, device, scan.
     fingerprint = runtime.key_fingerprint
     runtime.audit.verify()
     counts = runtime.class_counts()
     print(
         f"site={site} dataset={config.run_dataset} training_examples={counts.sum()} "
-        f"device={runtime.device.type} public_key={fingerprint}"
+        f"device={runtime.device.type} scan_backend={active_backend(runtime.device)} "
+        f"public_key={fingerprint}"
     )
     run_node(runtime)
     return 0

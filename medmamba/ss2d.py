@@ -85,7 +85,7 @@ class DirectionalScan(nn.Module):
     def __init__(self, d_inner: int, d_state: int, rank: int, backend: str | None = None) -> None:
         super().__init__()
         self.backend = backend
-        self.observe_gradient: Callable[[str, Tensor], None] | None = None
+        self.observe_gradient: Callable[[str, Tensor], object] | None = None
         scanned = NUM_DIRECTIONS * d_inner
         bound = rank**-0.5
         self.dt_weight = nn.Parameter(
@@ -124,7 +124,7 @@ class DirectionalScan(nn.Module):
             for name, parameter in parameters.items():
                 if parameter.requires_grad:
                     expanded = parameter.expand(b, *parameter.shape)
-                    expanded.register_hook(partial(self.observe_gradient, name))
+                    expanded.register_hook(partial(_observe, self.observe_gradient, name))
                     parameters[name] = expanded
         dt_weight, k = parameters["dt_weight"], self.dt_weight.shape[0]
         return (
@@ -133,3 +133,7 @@ class DirectionalScan(nn.Module):
             -torch.exp(parameters["A_log"]).unflatten(-2, (k, -1)),  # (..., k, d, n)
             parameters["D"].unflatten(-1, (k, -1)),  # (..., k, d)
         )
+
+
+def _observe(observer: Callable[[str, Tensor], object], name: str, gradient: Tensor) -> None:
+    observer(name, gradient)  # what it returns must not replace the gradient

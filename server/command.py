@@ -93,7 +93,7 @@ def _new(request: Request, keys: Mapping[str, Ed25519PublicKey]) -> Plan:
         "sites": {site: fingerprint(key) for site, key in keys.items()},
         **provenance(),
         "provenance": {
-            "scan_backend": config.model.forced_scan_backend or "of each site: history.jsonl",
+            "scan_backend": config.model.scan_backend,
             "simulated": False,
         },
     }

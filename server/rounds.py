@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 
 from medmamba.config import MedMambaConfig
 from medmamba.model import MedMamba
+from medmamba.scan import is_reproducible
 from medmamba.weights import load_arrays, save, to_arrays
 from server.checkpoint import State, check_shapes, load_checkpoint, save_checkpoint
 from server.metrics import auc_interval, metrics, selection_value, worst_site
@@ -224,6 +225,7 @@ class _Run:
                     "train_loss": losses.get(outcome.site),
                     "seconds": reply.number("seconds") if reply else None,
                     "scan_backend": reply.scan_backend if reply else None,
+                    "scan_reproducible": is_reproducible(reply.scan_backend) if reply else None,
                 }
             )
         log.info(

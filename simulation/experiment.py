@@ -96,16 +96,20 @@ def create(path: Path, scenario: Scenario, data: Data, run_uuid: str) -> RunDire
             "run_config": scenario.run.model_dump(by_alias=True),
             "seed": scenario.run.seed,
             **provenance(),
-            "provenance": {
-                **backend_details(_scan_backend(scenario.run)),
-                "device": _device().type,
-                "num_threads": torch.get_num_threads(),
-                "simulated": True,
-            },
+            "provenance": {**_computes_with(scenario.run), "simulated": True},
         },
     )
     write_atomic(path / PARTITION, to_json(describe(data.parts, scenario.federation)))
     return directory
+
+
+def _computes_with(run: RunConfig) -> dict[str, Any]:
+    """Return what decides a run's bytes beside its settings and data."""
+    return {
+        **backend_details(_scan_backend(run)),
+        "device": _device().type,
+        "num_threads": torch.get_num_threads(),
+    }
 
 
 def _scan_backend(run: RunConfig) -> str:
@@ -159,6 +163,16 @@ def execute(
             hint="restore them, or start a new run",
         )
     log.info("data %s", " ".join(f"{name}={value}" for name, value in identity.items()))
+    computes_with, before = _computes_with(scenario.run), directory.stored("provenance", dict)
+    log.info("%s", " ".join(f"{name}={value}" for name, value in computes_with.items()))
+    for name, value in computes_with.items():
+        if before.get(name, value) != value:
+            log.warning(
+                "%s=%s but the run began with %s: its bytes are not those of one run",
+                name,
+                value,
+                before[name],
+            )
     summary = _federate(
         directory, scenario.run, data.parts, run_uuid, fault=fault, on_reply=on_reply
     )

@@ -31,7 +31,7 @@ from strategies.evaluation import metric_keys
 from strategies.identity import sign, verify
 from strategies.run_config import SCAN_BACKENDS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 METRICS, ENVELOPE = "metrics", "envelope"
 
 MetricValue = int | float | list[int] | list[float]
@@ -276,6 +276,8 @@ def _metrics(content: RecordDict, declared: tuple[str, ...]) -> dict[str, Metric
             low, high = TRAIN_METRICS[name]
             if isinstance(value, list) or not low <= value <= high:
                 raise ProtocolError(f"{name}={value}: expected a number from {low} to {high:g}")
+            if name == "scan-backend" and not isinstance(value, int):
+                raise ProtocolError(f"{name}={value}: expected a whole number")
     return dict(record)
 
 

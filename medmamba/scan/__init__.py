@@ -5,6 +5,7 @@ from medmamba.scan.dispatch import (
     BACKENDS,
     active_backend,
     backend_details,
+    is_reproducible,
     selective_scan,
     ss2d_scan,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "BACKEND_VARIABLE",
     "active_backend",
     "backend_details",
+    "is_reproducible",
     "path_order",
     "selective_scan",
     "ss2d_scan",

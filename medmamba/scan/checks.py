@@ -108,14 +108,14 @@ def check_order(order: Tensor) -> None:
     """Check that every path visits every position once.
 
     Args:
-        order: (k, l), on the CPU.
+        order: (k, l).
 
     Raises:
         ModelError: Names the path and the first position that it leaves out.
     """
     l = order.shape[1]  # noqa: E741
     visited = order.long().sort(dim=1).values
-    wrong = (visited != torch.arange(l)).nonzero()
+    wrong = (visited != torch.arange(l, device=order.device)).nonzero()
     if len(wrong):
         path, position = wrong[0].tolist()
         raise ModelError(

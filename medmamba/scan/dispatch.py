@@ -63,6 +63,7 @@ def active_backend(
         _log_choice(name, device_type)
         return name
     if dtype == torch.float64:
+        _log_choice("reference", device_type, "; it alone has float64")
         return "reference"
     return _default(device_type)
 
@@ -74,6 +75,11 @@ def backend_details(name: str) -> dict[str, Any]:
     return {"scan_backend": name, "scan_reproducible": module.REPRODUCIBLE} | {
         f"scan_{key}": value for key, value in details.items()
     }
+
+
+def is_reproducible(name: str) -> bool:
+    """Tell whether a backend gives the same bytes each time; it need not be available."""
+    return _module(name).REPRODUCIBLE
 
 
 def _check_available(source: str, name: str, device_type: str) -> None:
@@ -194,8 +200,9 @@ def selective_scan(
     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and y_t = C_t . h_t + D u_t, from h_0 = 0.
 
     A, D and delta_bias may have a leading b: one set of parameters for each example. Their
-    gradients are then per example too, and equal to the bit what that example alone would give;
-    differential privacy takes them from ``A.expand(b, -1, -1)``.
+    gradients are then per example too; differential privacy takes them from
+    ``A.expand(b, -1, -1)``. From the native and the triton backend they equal to the bit what that
+    example alone would give.
 
     Args:
         u: Input (b, d, l), floating.
@@ -267,11 +274,12 @@ def ss2d_scan(
     dtype = wide(*tensors)
     module = _module(active_backend(x.device, backend, dtype))
     _check_no_tangent(module, tensors)
-    if module is reference and type(order) is Tensor:  # not in tracing
-        check_order(order)
     with _no_autocast(x.device.type):
         if hasattr(module, "ss2d_scan"):
             return module.ss2d_scan(x, projected, dt_weight, dt_bias, A, D, order)
+        # Not in tracing, and not on a GPU, which would have to be waited for.
+        if type(order) is Tensor and order.device.type == "cpu":
+            check_order(order)
         each = paths.each_path(
             module.selective_scan,
             x.to(dtype),

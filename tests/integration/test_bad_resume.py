@@ -11,6 +11,7 @@ import pytest
 
 from fakes.command_lines import Result, layout
 from fakes.experiments import Killed
+from medmamba.scan import active_backend
 from server.run_directory import RunDirectory
 from simulation import experiment
 from simulation.scenario import parse_scenario
@@ -183,3 +184,12 @@ def test_damaged_checkpoints_are_not_taken_for_a_new_run(not_resumed, directory)
     for path in (directory / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:-1])
     assert not_resumed(directory).error == "error: no checkpoint is usable"
+
+
+def test_a_run_that_goes_on_with_another_scan_says_so(run, directory):
+    config = json.loads((directory / "config.json").read_text())
+    config["provenance"]["scan_backend"] = "triton"
+    (directory / "config.json").write_text(json.dumps(config))
+    assert run("--resume", directory).code == 0
+    log = (directory / "log.txt").read_text()
+    assert f"scan_backend={active_backend()} but the run began with triton" in log

@@ -155,11 +155,40 @@ def test_weights_are_torchs():
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_group_norm_behind_frozen_layers_trains():
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_a_group_norm_gives_its_weights_gradients_alone(needs_gradient):
+    """As behind frozen layers, or when a part of the gradients is asked for."""
     norm, x = GroupNorm(4, 8), torch.randn(2, 5, 6, 8).permute(0, 3, 1, 2)
-    expected = torch.autograd.grad(norm(x.contiguous()).square().sum(), list(norm.parameters()))
+    x.requires_grad_(needs_gradient)
+    stock = nn.GroupNorm(4, 8)
+    expected = torch.autograd.grad(
+        stock(x.detach().contiguous()).square().sum(), list(stock.parameters())
+    )
     got = torch.autograd.grad(norm(x).square().sum(), list(norm.parameters()))
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_group_norm_is_pytorchs(dtype):
+    ours, theirs = GroupNorm(4, 8).to(dtype), nn.GroupNorm(4, 8).to(dtype)
+    x = torch.randn(3, 5, 6, 8, dtype=dtype).permute(0, 3, 1, 2).requires_grad_()
+    leaf = x.detach().contiguous().requires_grad_()
+    torch.testing.assert_close(ours(x), theirs(leaf))
+    ours(x).square().sum().backward()
+    theirs(leaf).square().sum().backward()
+    torch.testing.assert_close(x.grad, leaf.grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(ours(x).float(), theirs(leaf).float(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_part_of_a_models_gradients_may_be_asked_for():
+    model = MedMamba.from_name("nano", num_classes=2, norm="group", drop_path=0.0)
+    images = torch.randn(2, 3, 64, 64)
+    model(images).sum().backward()
+    chosen = {name: p for name, p in model.named_parameters() if "norm_1" in name}
+    gradients = torch.autograd.grad(model(images).sum(), list(chosen.values()))
+    for gradient, parameter in zip(gradients, chosen.values(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
 
 
 def test_opacus_has_no_sampler_of_its_own_for_these_layers():

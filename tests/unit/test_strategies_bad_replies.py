@@ -163,10 +163,10 @@ BAD: dict[str, tuple[Answer, str]] = {
     "no-metrics": (with_record(METRICS, None), "record 'metrics' is missing"),
     "no-arrays-record": (with_record(ARRAYS, None), "record 'arrays' is missing"),
     "foreign-envelope": (
-        with_record(ENVELOPE, ConfigRecord({"schema-version": 1, "x": [1, 2]})),
+        with_record(ENVELOPE, ConfigRecord({"schema-version": 2, "x": [1, 2]})),
         "are missing or unknown",
     ),
-    "old-version": (with_envelope(**{"schema-version": 0}), "schema-version=0; expected 1"),
+    "old-version": (with_envelope(**{"schema-version": 0}), "schema-version=0; expected 2"),
     "tampered": (with_envelope(**{"num-examples": 999}), "signature does not match"),
 }
 

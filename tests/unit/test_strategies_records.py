@@ -193,11 +193,17 @@ def test_signed_bytes_that_are_no_arrays_are_refused(data):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("train-loss", 1.7e308), ("train-loss", -0.1), ("num-steps", 0), ("seconds", -1.0)],
+    [
+        ("scan-backend", 1.5),
+        ("train-loss", 1.7e308),
+        ("train-loss", -0.1),
+        ("num-steps", 0),
+        ("seconds", -1.0),
+    ],
 )
 def test_a_training_figure_out_of_bounds_is_refused(name, value):
     sent = reply(metrics={**reply().metrics, name: value})
-    with pytest.raises(ProtocolError, match=f"^{name}=.*: expected a number from "):
+    with pytest.raises(ProtocolError, match=f"^{name}=.*: expected a (whole )?number"):
         Reply.from_content(over_the_wire(sent.to_content(SITE_KEY)), KEYS)
 
 

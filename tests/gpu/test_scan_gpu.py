@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from medmamba import MedMamba
 from medmamba.scan import reference, selective_scan
 
 pytestmark = [
@@ -203,3 +204,20 @@ def test_the_default_on_cuda_is_one_of_them():
     torch.testing.assert_close(
         selective_scan(**inputs, delta_softplus=True), expected, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("scan", ["reference", *BACKENDS], indirect=True)
+def test_a_whole_model_trains_on_every_backend_as_on_the_cpu(scan, request):
+    name = request.node.callspec.params["scan"]
+    torch.manual_seed(0)
+    model = MedMamba.from_name("nano", 2, norm="group", drop_path=0.0, scan_backend=name).cuda()
+    wide = MedMamba.from_name("nano", 2, norm="group", drop_path=0.0).double()
+    wide.load_state_dict({key: value.double().cpu() for key, value in model.state_dict().items()})
+    images = torch.randn(2, 3, 64, 64)
+    logits, expected = model(images.cuda()), wide(images.double())
+    torch.testing.assert_close(logits.double().cpu(), expected, rtol=1e-3, atol=1e-4)
+    logits.sum().backward()
+    expected.sum().backward()
+    for got, truth in zip(model.parameters(), wide.parameters(), strict=True):
+        floor = 1e-3 * float(truth.grad.abs().max()) + 1e-6
+        torch.testing.assert_close(got.grad.double().cpu(), truth.grad, rtol=1e-2, atol=floor)

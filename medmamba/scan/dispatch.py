@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 BACKEND_VARIABLE = "MEDMAMBA_SCAN_BACKEND"
 
+_logged: set[tuple[str, str]] = set()
+
 ScanResult = Tensor | tuple[Tensor, Tensor]
 
 # Each is a module of this package with ``selective_scan``, ``unavailable`` and ``REPRODUCIBLE``,
@@ -108,9 +110,11 @@ def _default(device_type: str) -> str:
     return name
 
 
-@lru_cache
 def _log_choice(name: str, device_type: str, passed_over: str = "") -> None:
     """Log what runs: once for each device of a process."""
+    if (name, device_type) in _logged:
+        return
+    _logged.add((name, device_type))
     shown = " ".join(f"{key}={value}" for key, value in backend_details(name).items())
     if name == "reference":
         log.warning("%s device=%s: slow, in plain PyTorch%s", shown, device_type, passed_over)

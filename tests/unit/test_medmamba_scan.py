@@ -207,8 +207,9 @@ def backends(monkeypatch):
     real = dispatch._module
 
     def forget():
-        for choice in (dispatch._unavailable, dispatch._default, dispatch._log_choice):
-            choice.cache_clear()
+        dispatch._unavailable.cache_clear()
+        dispatch._default.cache_clear()
+        dispatch._logged.clear()
 
     def install(**fakes):
         forget()

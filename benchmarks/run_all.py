@@ -40,7 +40,15 @@ def names() -> list[str]:
     return sorted(path.stem for path in others if "__main__" in path.read_text(encoding="utf-8"))
 
 
-def measure(name: str, *, quick: bool) -> dict[str, Any] | None:
+def current_commit() -> str:
+    """Return the checkout's commit, marked if it has changes; before any result is written."""
+    return subprocess.run(
+        ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12"],
+        cwd=FOLDER, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+
+
+def measure(name: str, commit: str, *, quick: bool) -> dict[str, Any] | None:
     """Run one script; returns its JSON with command, commit and date, or None: cannot run here."""
     options = ["--quick"] if quick else []
     done = subprocess.run(
@@ -53,10 +61,6 @@ def measure(name: str, *, quick: bool) -> dict[str, Any] | None:
         return None
     if done.returncode:
         sys.exit(done.returncode)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12"],
-        cwd=FOLDER, capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
     return {
         "command": " ".join(["python", f"benchmarks/{name}.py", *options]),
         "commit": commit,
@@ -97,8 +101,9 @@ def main() -> None:
     options = parser.parse_args()
     results: Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if not options.render:
+        commit = current_commit()
         for name in [options.only] if options.only else names():
-            result = measure(name, quick=options.quick)
+            result = measure(name, commit, quick=options.quick)
             if result is None:
                 continue
             results[name] = result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -18,8 +19,6 @@ from medmamba.scan import active_backend, backend_details
 
 SHORTEST = 0.2  # seconds that a contestant runs for in a round, or one call
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # of the largest expected value
-
-
 CANNOT_RUN_HERE = os.EX_UNAVAILABLE  # exit status where the device or the kernel is missing
 
 
@@ -30,6 +29,17 @@ def need_native() -> None:
     except ModelError as error:
         print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
         sys.exit(CANNOT_RUN_HERE)
+
+
+def print_figures(machine: dict[str, Any], figures: dict[str, float], *, as_json: bool) -> None:
+    """Print a table, or one JSON object."""
+    if as_json:
+        print(json.dumps({"machine": machine, "figures": figures}))
+        return
+    print(" ".join(f"{name}={value}" for name, value in machine.items()))
+    width = max(map(len, figures)) + 2
+    for name, value in figures.items():
+        print(f"{name:<{width}}{value:.4g}")
 
 
 def check(name: str, got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

@@ -21,7 +21,6 @@ the rounds of its time over ours.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import statistics
@@ -34,7 +33,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the commands set it
 
 import torch
-from measuring import describe_machine, median_ratio, need_native, seconds
+from measuring import describe_machine, median_ratio, need_native, print_figures, seconds
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -304,12 +303,7 @@ def main() -> None:
     check_official()
     figures = time_figures(rounds=3 if given.quick else 11) | peak_figures()
     machine = describe_machine()
-    if given.json:
-        print(json.dumps({"machine": machine, "figures": figures}))
-        return
-    print(" ".join(f"{name}={value}" for name, value in machine.items()))
-    for name, value in figures.items():
-        print(f"{name:<36}{value:.4g}")
+    print_figures(machine, figures, as_json=given.json)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ import ctypes
 import gc
 import importlib.metadata
 import importlib.util
-import json
 import os
 import statistics
 import subprocess
@@ -43,7 +42,14 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the commands set it
 
 import torch
-from measuring import CANNOT_RUN_HERE, check, describe_machine, mean_seconds, median_ratio
+from measuring import (
+    CANNOT_RUN_HERE,
+    check,
+    describe_machine,
+    mean_seconds,
+    median_ratio,
+    print_figures,
+)
 from scan_fused import fused_figures
 from scan_peers import BATCH, SCANS, forward, make_inputs, train
 from torch import Tensor
@@ -199,12 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = describe_machine()
     if "mambapy" in parts:
         machine["mambapy"] = importlib.metadata.version("mambapy")
-    if options.json:
-        print(json.dumps({"machine": machine, "figures": figures}))
-        return 0
-    print(" ".join(f"{name}={value}" for name, value in machine.items()))
-    for name, value in figures.items():
-        print(f"{name:<40}{value:.4g}")
+    print_figures(machine, figures, as_json=options.json)
     return 0
 
 

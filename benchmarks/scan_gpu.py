@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import platform
 import statistics
 import sys
@@ -32,7 +31,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
-from measuring import CANNOT_RUN_HERE, median_ratio
+from measuring import CANNOT_RUN_HERE, median_ratio, print_figures
 from torch import Tensor
 
 from medmamba.scan import mamba_ssm, triton
@@ -213,12 +212,7 @@ def main() -> None:
         "triton": version("triton"),
         "mamba_ssm": version("mamba-ssm"),
     }
-    if given.json:
-        print(json.dumps({"machine": machine, "figures": figures}))
-        return
-    print(" ".join(f"{name}={value}" for name, value in machine.items()))
-    for name, value in figures.items():
-        print(f"{name:<64}{value:.4g}")
+    print_figures(machine, figures, as_json=given.json)
 
 
 if __name__ == "__main__":

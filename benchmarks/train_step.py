@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 from functools import partial
@@ -19,7 +18,15 @@ from functools import partial
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the commands set it
 
 import torch
-from measuring import check, describe_machine, mean_seconds, median_ratio, need_native, seconds
+from measuring import (
+    check,
+    describe_machine,
+    mean_seconds,
+    median_ratio,
+    need_native,
+    print_figures,
+    seconds,
+)
 from scan_peers import make_inputs, train
 from torch.nn import functional
 
@@ -67,12 +74,7 @@ def main() -> None:
         "seconds_per_example_tiny": step_seconds("tiny", 8, rounds),
     }
     machine = describe_machine()
-    if given.json:
-        print(json.dumps({"machine": machine, "figures": figures}))
-        return
-    print(" ".join(f"{name}={value}" for name, value in machine.items()))
-    for name, value in figures.items():
-        print(f"{name:<28}{value:.4g}")
+    print_figures(machine, figures, as_json=given.json)
 
 
 if __name__ == "__main__":

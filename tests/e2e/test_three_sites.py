@@ -162,6 +162,7 @@ def test_three_hospitals_train_two_rounds_over_real_sockets(federation: Federati
     for site in SITES:
         assert clients[site].poll() is None, "a site stays up after a run"
         log = (folder / f"{site}.log").read_text()
+        assert "device=cpu scan_backend=" in log
         assert log.count(f"site={site} loss=") == 2, "one line a round"
         state = folder / "sites" / "state" / site
         entries, _ = AuditLog(state / "audit.jsonl").verify()

@@ -11,7 +11,7 @@ import torch
 from client.site import choose_device
 from fakes.experiments import ROUNDS, SITES, history, make_scenario, site_line
 from medmamba.config import ModelError
-from medmamba.scan import active_backend
+from medmamba.scan import active_backend, is_reproducible
 from medmamba.weights import load
 from simulation import experiment
 from simulation.scenario import parse_scenario
@@ -31,6 +31,15 @@ def test_history_has_each_round_and_site_once(finished):
             assert ("site", server_round, site, None) in keys
     evaluated = [e["server_round"] for e in entries if e["type"] == "evaluation"]
     assert evaluated == list(range(ROUNDS + 1))
+
+
+def test_history_names_what_ran_each_sites_scan(finished):
+    name = active_backend(choose_device("auto"))
+    for server_round in range(1, ROUNDS + 1):
+        for site in SITES:
+            line = site_line(finished, server_round, site)
+            said = line["scan_backend"], line["scan_reproducible"]
+            assert said == (name, is_reproducible(name))
 
 
 def test_pooled_training_stands_beside_with_as_many_steps(finished, summary):

@@ -137,7 +137,9 @@ def _backward(grad_y: Tensor, grad_last_state: Tensor | None, *given: Any) -> tu
     }
     ops.run(
         library.load().scan_backward,
-        ScanArguments(**arguments, **gradients, grad_y=grad_y.contiguous(), boundaries=boundaries),
+        ScanArguments(
+            **arguments, **gradients, grad_y=grad_y.contiguous(), boundaries=boundaries.contiguous()
+        ),
     )
     for name in ("grad_B", "grad_C"):  # over parts, or over examples where constant
         gradients[name] = ops.sum_of_parts(gradients[name])

@@ -101,12 +101,18 @@ INLINE void column_gradients(const int count, int steps, int channels, long r, l
         for (int s = 0; s < CHUNK / W; s++)
             of_column[c][s] = load(grad_columns + (c0 + c) * CHUNK + s * W, W);
     }
-    for (int l = 0; l < steps; l++) UNROLL
-    for (int c = 0; c < count; c++) of_weight[c] += to_delta[l] * rows[l * stride + c0 + c];
-    for (int i = 0; i < channels; i++) UNROLL
-    for (int c = 0; c < count; c++) UNROLL
-    for (int s = 0; s < CHUNK / W; s++)
-        of_column[c][s] += by_channel[s * W + i] * weight[i * r + c0 + c];
+    for (int l = 0; l < steps; l++) {
+        UNROLL
+        for (int c = 0; c < count; c++) of_weight[c] += to_delta[l] * rows[l * stride + c0 + c];
+    }
+    for (int i = 0; i < channels; i++) {
+        UNROLL
+        for (int c = 0; c < count; c++) {
+            UNROLL
+            for (int s = 0; s < CHUNK / W; s++)
+                of_column[c][s] += by_channel[s * W + i] * weight[i * r + c0 + c];
+        }
+    }
     UNROLL
     for (int c = 0; c < count; c++) {
         grad_weight[c0 + c] += of_weight[c];

@@ -103,7 +103,9 @@ def _backward(grad_y: Tensor, *given: Any) -> tuple[Tensor, ...]:
     }
     ops.run(
         library.load().ss2d_backward,
-        Ss2dArguments(**arguments, **gradients, grad_y=grad_y.contiguous(), boundaries=boundaries),
+        Ss2dArguments(
+            **arguments, **gradients, grad_y=grad_y.contiguous(), boundaries=boundaries.contiguous()
+        ),
     )
     gradients["grad_projected"] = ops.sum_of_parts(gradients["grad_projected"])
     return tuple(gradients.values())

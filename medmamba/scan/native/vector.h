@@ -160,9 +160,11 @@ INLINE vec sum_lanes(const vec *v, long stride) {
     UNROLL
     for (int i = 0; i < W; i++) sums[i] = v[i / 4 * stride + i % 4];
     UNROLL
-    for (int half = W / 2; half >= 1; half /= 2) UNROLL
-    for (int i = 0; i < half; i++)
-        sums[i] = ZIP_LOW(sums[i], sums[i + half]) + ZIP_HIGH(sums[i], sums[i + half]);
+    for (int half = W / 2; half >= 1; half /= 2) {
+        UNROLL
+        for (int i = 0; i < half; i++)
+            sums[i] = ZIP_LOW(sums[i], sums[i + half]) + ZIP_HIGH(sums[i], sums[i + half]);
+    }
     return sums[0];
 }
 

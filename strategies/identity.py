@@ -1,8 +1,9 @@
-"""Who said it: Ed25519 signing keys of sites, and signatures over canonical JSON.
+"""Who said it: private keys in files, and signatures over canonical JSON.
 
-Invariant: a private key is created at the site, lies in a file only its owner can read, and is
-never part of a record. What is signed is the canonical JSON of a flat document, so that both ends
-hash the same bytes. Source: RFC 8032 (Ed25519), by the ``cryptography`` package.
+Invariant: a private key is created where it is used, lies in a file only its owner can read, and
+is never part of a record. What is signed is the canonical JSON of a flat document, so that both
+ends hash the same bytes. Three kinds, by the ``cryptography`` package: Ed25519 signs (RFC 8032),
+X25519 will wrap encryption keys (RFC 7748), EC P-384 is what Flower's node authentication takes.
 """
 
 from __future__ import annotations
@@ -10,24 +11,25 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
-    load_pem_public_key,
+    load_ssh_private_key,
 )
 
 from strategies.errors import ConfigError, SignatureError
 from strategies.files import write_atomic
-
-PUBLIC_KEY_SUFFIX = ".pub"
 
 
 def canonical(document: Mapping[str, object]) -> bytes:
@@ -53,8 +55,21 @@ def verify(key: Ed25519PublicKey, document: Mapping[str, object], signature: byt
         SignatureError: The signature was not made by this key over this document.
     """
     try:
-        key.verify(signature, canonical(document))
-    except (InvalidSignature, ValueError) as error:
+        data = canonical(document)
+    except ValueError as error:
+        raise SignatureError("signature does not match the signed content") from error
+    verify_bytes(key, data, signature)
+
+
+def verify_bytes(key: Ed25519PublicKey, data: bytes, signature: bytes) -> None:
+    """Check a signature over bytes that nobody has read yet.
+
+    Raises:
+        SignatureError: The signature was not made by this key over these bytes.
+    """
+    try:
+        key.verify(signature, data)
+    except InvalidSignature as error:
         raise SignatureError("signature does not match the signed content") from error
 
 
@@ -65,80 +80,85 @@ def fingerprint(key: Ed25519PublicKey) -> str:
 
 
 def create_signing_key(path: Path) -> Ed25519PrivateKey:
-    """Make a private key at ``path`` (mode 0600), unless there is one, and return it.
+    """Make a signing key at ``path`` (mode 0600), unless there is one, and return it.
 
     Raises:
         ConfigError: What is there is not usable.
     """
-    if not path.exists():
-        key = Ed25519PrivateKey.generate()
-        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        write_atomic(path, pem, mode=0o600)
+    _create(path, Ed25519PrivateKey.generate, PrivateFormat.PKCS8)
     return load_signing_key(path)
 
 
 def load_signing_key(path: Path) -> Ed25519PrivateKey:
-    """Read a private key.
+    """Read a signing key.
 
     Raises:
-        ConfigError: It is missing, is not an Ed25519 key, or others than its owner may read it.
+        ConfigError: It is missing, is of another kind, or others than its owner may read it.
+    """
+    return _load(path, Ed25519PrivateKey, load_pem_private_key)
+
+
+def create_wrap_key(path: Path) -> X25519PrivateKey:
+    """Make a wrap key as :func:`create_signing_key` makes a signing key."""
+    _create(path, X25519PrivateKey.generate, PrivateFormat.PKCS8)
+    return load_wrap_key(path)
+
+
+def load_wrap_key(path: Path) -> X25519PrivateKey:
+    """Read a wrap key as :func:`load_signing_key` reads a signing key."""
+    return _load(path, X25519PrivateKey, load_pem_private_key)
+
+
+def create_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Make the key of a Flower node, in the OpenSSH format that ``flower-supernode`` reads."""
+    _create(path, lambda: ec.generate_private_key(ec.SECP384R1()), PrivateFormat.OpenSSH)
+    return load_node_key(path)
+
+
+def load_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read a node key as :func:`load_signing_key` reads a signing key."""
+    return _load(path, ec.EllipticCurvePrivateKey, load_ssh_private_key)
+
+
+PrivateKey = Ed25519PrivateKey | X25519PrivateKey | ec.EllipticCurvePrivateKey
+Kind = TypeVar("Kind", Ed25519PrivateKey, X25519PrivateKey, ec.EllipticCurvePrivateKey)
+
+
+def _create(path: Path, generate: Callable[[], PrivateKey], form: PrivateFormat) -> None:
+    if not path.exists():
+        pem = generate().private_bytes(Encoding.PEM, form, NoEncryption())
+        write_atomic(path, pem, mode=0o600)
+
+
+def _load(path: Path, kind: type[Kind], read: Callable[..., object]) -> Kind:
+    content = read_secret(path)
+    try:
+        key = read(content, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"private key {path.name} is not a readable key file") from error
+    if not isinstance(key, kind):
+        raise ConfigError(
+            f"private key {path.name} is {type(key).__name__}; expected {kind.__name__}"
+        )
+    return key
+
+
+def read_secret(path: Path) -> bytes:
+    """Read a file that only its owner may read.
+
+    Raises:
+        ConfigError: It is missing, or others may read it.
     """
     try:
         mode, content = stat.S_IMODE(path.stat().st_mode), path.read_bytes()
     except OSError as error:
         raise ConfigError(
-            f"signing key {path.name} cannot be read ({error.strerror})",
-            hint="`python -m client init --site NAME` makes one",
+            f"secret file {path.name} cannot be read ({error.strerror})",
+            hint="`init` makes it; restore it from a backup where it was lost",
         ) from error
     if mode & 0o077:
         raise ConfigError(
-            f"signing key {path.name} has mode {mode:04o}: others may read it; expected 0600",
+            f"secret file {path.name} has mode {mode:04o}: others may read it; expected 0600",
             hint=f"chmod 600 {path.name}, or remove it and run init for a new one",
         )
-    try:
-        key = load_pem_private_key(content, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"signing key {path.name} is not a readable PEM key") from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(f"signing key {path.name} is {type(key).__name__}; expected Ed25519")
-    return key
-
-
-def write_public_key(path: Path, key: Ed25519PublicKey) -> None:
-    """Write a public key as PEM."""
-    write_atomic(path, key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-
-
-def read_public_keys(folder: Path) -> dict[str, Ed25519PublicKey]:
-    """Read every ``<site>.pub`` of a folder: the sites that a coordinator admits.
-
-    Returns:
-        Site name to public key, in name order.
-
-    Raises:
-        ConfigError: The folder is missing or holds no key, or a file is not an Ed25519 public
-            key, or two sites share one key.
-    """
-    if not folder.is_dir():
-        raise ConfigError(
-            f"site-keys={folder} is not a folder",
-            hint="collect each site's <site>.pub there; `python -m client init` writes it",
-        )
-    keys: dict[str, Ed25519PublicKey] = {}
-    for path in sorted(folder.glob(f"*{PUBLIC_KEY_SUFFIX}")):
-        try:
-            key = load_pem_public_key(path.read_bytes())
-        except (OSError, ValueError, UnsupportedAlgorithm) as error:
-            raise ConfigError(f"public key {path.name} is not a readable PEM key") from error
-        if not isinstance(key, Ed25519PublicKey):
-            raise ConfigError(f"public key {path.name} is {type(key).__name__}; expected Ed25519")
-        twin = next((site for site, other in keys.items() if other == key), None)
-        if twin is not None:
-            raise ConfigError(f"public keys of sites {twin} and {path.stem} are the same key")
-        keys[path.stem] = key
-    if not keys:
-        raise ConfigError(
-            f"site-keys={folder} holds no *{PUBLIC_KEY_SUFFIX} file",
-            hint="collect each site's <site>.pub there; `python -m client init` writes it",
-        )
-    return keys
+    return content

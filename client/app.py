@@ -9,39 +9,131 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from dataclasses import replace
 
+import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.policy import check_run
 from client.site import Site, registered
 from client.train import check_scan_backend, evaluate, train
-from strategies.arrays import hash_arrays
-from strategies.errors import FederationError, ProtocolError, RefusalError
-from strategies.records import Instruction, Reply
-from strategies.run_config import SCAN_BACKENDS, RunConfig
+from strategies.arrays import hash_arrays, num_bytes
+from strategies.errors import FederationError, ProtocolError, RefusalError, SignatureError
+from strategies.records import Instruction, MetricValue, Reply, Task
+from strategies.run_config import SCAN_BACKENDS
 
 log = logging.getLogger(__name__)
 
 app = ClientApp()
 
+TASKS: dict[str, tuple[Task, ...]] = {"train": ("train",), "evaluate": ("val", "test")}
+
 
 @app.train()
 def handle_train(message: Message, context: Context) -> Message:
     """Train one round; the reply also evaluates the weights it started from on validation data."""
-    return _answer(message, context, _train)
+    return _answer(message, context, "train")
 
 
 @app.evaluate()
 def handle_evaluate(message: Message, context: Context) -> Message:
     """Evaluate weights on the split that the instruction names."""
-    return _answer(message, context, _evaluate)
+    return _answer(message, context, "evaluate")
 
 
-def _train(site: Site, run: RunConfig, instruction: Instruction, message_id: str) -> Reply:
-    if instruction.task != "train":
-        raise ProtocolError(f"task={instruction.task} in a train message")
+def _answer(message: Message, context: Context, kind: str) -> Message:
+    """Verify, check, work, sign; turn every failure into a signed refusal."""
+    site = registered(context.node_config.get("site"))
+    try:
+        reply = replace(_reply(site, message, kind), message_id=message.metadata.message_id)
+        site.audit.append(
+            "answered",
+            run_uuid=reply.run_uuid,
+            server_round=reply.server_round,
+            task=reply.task,
+            status=reply.status,
+            reason=reply.reason,
+            num_examples=reply.num_examples,
+            bytes=num_bytes(reply.update),
+            # What an update gives away about one patient: without differential privacy, no limit.
+            epsilon="unbounded" if reply.update else "none",
+            arrays_sha256=hash_arrays(reply.update),
+        )
+        return Message(reply.to_content(site.signing_key), reply_to=message)
+    except Exception as error:
+        log.exception("site=%s cannot answer", site.name)
+        raise FederationError(f"site={site.name} cannot answer: {type(error).__name__}") from None
+
+
+def _reply(site: Site, message: Message, kind: str) -> Reply:
+    """Answer an instruction within the site's policy, or say why not.
+
+    The audit entry comes before the work: a site that cannot write its log does not train.
+    """
+    federation = site.membership.federation
+    reply = Reply(site.name, federation, "", 0, TASKS[kind][0], "")
+    try:
+        instruction = Instruction.from_content(
+            message.content, site.membership.order_key, federation=federation
+        )
+        # The answer names the run from here on; before, nobody had proved that there is one.
+        reply = replace(
+            reply,
+            run_uuid=instruction.run_uuid,
+            server_round=instruction.server_round,
+            task=instruction.task,
+        )
+        if instruction.task not in TASKS[kind]:
+            raise ProtocolError(f"task={instruction.task} in a message of kind {kind}")
+        site.audit.append(
+            "received",
+            run_uuid=instruction.run_uuid,
+            server_round=instruction.server_round,
+            task=instruction.task,
+            message_id=message.metadata.message_id,
+        )
+        return _allowed(site, instruction, reply)
+    except RefusalError as error:
+        code, text = error.code, str(error)
+    except (ProtocolError, SignatureError) as error:
+        code, text = "bad-instruction", str(error)
+    except torch.OutOfMemoryError:
+        log.exception("site=%s out of GPU memory", site.name)
+        code, text = "out-of-memory", "the GPU has too little memory for this run"
+    except Exception as error:
+        log.exception("site=%s failed", site.name)
+        code, text = "failed", f"{type(error).__name__}, see the site's log"
+    log.warning("round=%d site=%s refused=%s: %s", reply.server_round, site.name, code, text)
+    return replace(reply, status="refused", reason=f"{code}: {text}")
+
+
+def _allowed(site: Site, instruction: Instruction, reply: Reply) -> Reply:
+    """Return the kept answer to an instruction that the site's limits allow, or work it out."""
+    run = instruction.order.run
+    site.follow(instruction.order)
+    check_run(site.config, run)
+    site.check_classes(run.model.num_classes)
+    check_scan_backend(site, run)
+    kept = site.results.find(instruction) if site.results else None
+    if kept is not None:
+        log.info(
+            "round=%d site=%s task=%s answered again, not worked out again",
+            instruction.server_round,
+            site.name,
+            instruction.task,
+        )
+        return kept
+    site.begin_work()
+    work = _train if instruction.task == "train" else _evaluate
+    answer = work(site, instruction, reply)
+    if site.results:
+        site.results.keep(instruction, answer)
+    return answer
+
+
+def _train(site: Site, instruction: Instruction, reply: Reply) -> Reply:
+    run = instruction.order.run
     started = time.monotonic()
     sums = evaluate(site, run, instruction.weights, "val")
     result = train(site, run, instruction.server_round, instruction.weights)
@@ -57,32 +149,21 @@ def _train(site: Site, run: RunConfig, instruction: Instruction, message_id: str
         run.privacy.mode,
         run.encryption.mode,
     )
-    return Reply(
-        site=site.name,
-        federation=instruction.federation,
-        run_uuid=instruction.run_uuid,
-        server_round=instruction.server_round,
-        task="train",
-        message_id=message_id,
-        num_examples=result.num_examples,
-        update=result.update,
-        metrics={
-            "train-loss": result.loss,
-            "num-steps": result.num_steps,
-            "seconds": seconds,
-            "learning-rate": result.learning_rate,
-            "scan-backend": SCAN_BACKENDS.index(result.scan_backend),
-            **sums.to_metrics("val"),
-        },
-    )
+    metrics: dict[str, MetricValue] = {
+        "train-loss": result.loss,
+        "num-steps": result.num_steps,
+        "seconds": seconds,
+        "learning-rate": result.learning_rate,
+        "scan-backend": SCAN_BACKENDS.index(result.scan_backend),
+        **sums.to_metrics("val"),
+    }
+    return replace(reply, num_examples=result.num_examples, update=result.update, metrics=metrics)
 
 
-def _evaluate(site: Site, run: RunConfig, instruction: Instruction, message_id: str) -> Reply:
-    if instruction.task == "train":
-        raise ProtocolError("task=train in an evaluate message")
+def _evaluate(site: Site, instruction: Instruction, reply: Reply) -> Reply:
     if instruction.task == "test":
         site.read_test_once(instruction.run_uuid, hash_arrays(instruction.weights))
-    sums = evaluate(site, run, instruction.weights, instruction.task)
+    sums = evaluate(site, instruction.order.run, instruction.weights, instruction.task)
     log.info(
         "round=%d site=%s evaluated=%s num_examples=%d",
         instruction.server_round,
@@ -90,87 +171,4 @@ def _evaluate(site: Site, run: RunConfig, instruction: Instruction, message_id: 
         instruction.task,
         sums.num_examples,
     )
-    return Reply(
-        site=site.name,
-        federation=instruction.federation,
-        run_uuid=instruction.run_uuid,
-        server_round=instruction.server_round,
-        task=instruction.task,
-        message_id=message_id,
-        num_examples=sums.num_examples,
-        metrics=sums.to_metrics(instruction.task),
-    )
-
-
-def _answer(
-    message: Message,
-    context: Context,
-    work: Callable[[Site, RunConfig, Instruction, str], Reply],
-) -> Message:
-    """Check, work, sign; turn every failure into a signed refusal."""
-    site = registered(context.node_config.get("site"))
-    try:
-        instruction = Instruction.from_content(message.content)
-        reply = _reply(site, instruction, message.metadata.message_id, context, work)
-        site.audit.append(
-            "answered",
-            run_uuid=reply.run_uuid,
-            server_round=reply.server_round,
-            task=reply.task,
-            status=reply.status,
-            reason=reply.reason,
-            num_examples=reply.num_examples,
-            arrays_sha256=hash_arrays(reply.update),
-        )
-        return Message(reply.to_content(site.signing_key), reply_to=message)
-    except Exception as error:
-        log.exception("site=%s cannot answer", site.name)
-        raise FederationError(f"site={site.name} cannot answer: {type(error).__name__}") from None
-
-
-def _reply(
-    site: Site,
-    instruction: Instruction,
-    message_id: str,
-    context: Context,
-    work: Callable[[Site, RunConfig, Instruction, str], Reply],
-) -> Reply:
-    """Work within the site's policy, or say why not.
-
-    The audit entry comes before the work: a site that cannot write its log does not train.
-    """
-    site.audit.append(
-        "received",
-        run_uuid=instruction.run_uuid,
-        server_round=instruction.server_round,
-        task=instruction.task,
-        message_id=message_id,
-    )
-    try:
-        run = RunConfig.parse(context.run_config)
-        check_run(site.config, run, instruction)
-        site.check_classes(run.model.num_classes)
-        check_scan_backend(site, run)
-        return work(site, run, instruction, message_id)
-    except RefusalError as error:
-        log.warning(
-            "round=%d site=%s refused=%s: %s",
-            instruction.server_round,
-            site.name,
-            error.code,
-            error,
-        )
-        reason = f"{error.code}: {error}"
-    except Exception as error:
-        log.exception("round=%d site=%s failed", instruction.server_round, site.name)
-        reason = f"failed: {type(error).__name__}, see the site's log"
-    return Reply(
-        site=site.name,
-        federation=instruction.federation,
-        run_uuid=instruction.run_uuid,
-        server_round=instruction.server_round,
-        task=instruction.task,
-        message_id=message_id,
-        status="refused",
-        reason=reason,
-    )
+    return replace(reply, num_examples=sums.num_examples, metrics=sums.to_metrics(instruction.task))

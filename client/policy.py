@@ -1,4 +1,4 @@
-"""The site's say: a run is checked against the hospital's limits before anything trains.
+"""The site's say: order and run are checked against the hospital's limits before anything trains.
 
 Invariant: every rule either passes or raises :class:`RefusalError`; none changes the run. Reasons
 name the limit and the run's value, never data, because they leave the site.
@@ -7,20 +7,35 @@ name the limit and the run's value, never data, because they leave the site.
 from __future__ import annotations
 
 from client.site_config import SiteConfig
+from strategies.enrolment import FederationPolicy
 from strategies.errors import RefusalError
-from strategies.records import Instruction
+from strategies.orders import RunManifest
 from strategies.run_config import RunConfig
 
 
-def check_run(site: SiteConfig, run: RunConfig, instruction: Instruction) -> None:
+def check_order(site: SiteConfig, policy: FederationPolicy, manifest: RunManifest) -> None:
+    """Refuse an order that this hospital, or the federation's own policy, does not allow.
+
+    Raises:
+        RefusalError: With the first rule that the order breaks.
+    """
+    limits = site.limits
+    if site.site not in manifest.cohort:
+        _refuse("not-in-cohort", "the order does not name this site")
+    smallest = max(limits.min_cohort, policy.min_cohort)
+    if len(set(manifest.cohort)) < smallest:
+        _refuse("cohort-too-small", f"cohort={len(set(manifest.cohort))}; limit {smallest}")
+    if limits.allowed_code and manifest.code_sha256 not in limits.allowed_code:
+        _refuse("code-not-allowed", f"code-sha256={manifest.code_sha256} is not allowed here")
+
+
+def check_run(site: SiteConfig, run: RunConfig) -> None:
     """Refuse what this hospital does not allow.
 
     Raises:
         RefusalError: With the first rule that the run breaks.
     """
     limits = site.limits
-    if instruction.federation != site.federation:
-        _refuse("other-federation", f"federation={instruction.federation!r} is not this site's")
     if run.dataset != site.run_dataset:
         _refuse("other-dataset", f"dataset={run.dataset!r} is not what this site holds")
     if limits.require_privacy and run.privacy.mode == "off":
@@ -58,11 +73,6 @@ def check_run(site: SiteConfig, run: RunConfig, instruction: Instruction) -> Non
         _refuse(
             "too-much-work",
             f"training.local-steps={run.training.local_steps}; limit {limits.max_local_steps}",
-        )
-    if instruction.task == "train" and instruction.server_round > run.num_server_rounds:
-        _refuse(
-            "round-out-of-range",
-            f"server-round={instruction.server_round}; num-server-rounds={run.num_server_rounds}",
         )
 
 

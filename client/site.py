@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,18 +22,22 @@ from torch import Tensor
 
 from client.data.manifest import ImageDataset
 from client.data.transforms import prepare
-from client.site_config import SiteConfig
+from client.membership import Membership
+from client.orders import follow
+from client.policy import check_order
+from client.results import Results
+from client.site_config import AUDIT_LOG, RESULTS, SIGNING_KEY, SiteConfig
 from strategies.audit import AuditLog
 from strategies.errors import ConfigError, RefusalError
 from strategies.files import make_folder, write_atomic
 from strategies.identity import fingerprint, load_signing_key
+from strategies.orders import Order
 from strategies.run_config import ModelSection
 
 log = logging.getLogger(__name__)
 
-SIGNING_KEY = "signing.key"
-AUDIT_LOG = "audit.jsonl"
 TEST_READS = "test-reads.json"
+NEWEST_ORDER = "orders.json"
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,18 @@ class Site:
     Attributes:
         config: Its file.
         load: Reads its images; called once, at first need.
+        membership: The federation that it joined.
+        keep_results: Whether answers are kept until they have surely arrived.
     """
 
     config: SiteConfig
     load: Callable[[], ImageDataset]
+    membership: Membership
+    keep_results: bool = True
     _shape: tuple[object, ...] = field(default=(), repr=False)
     _splits: dict[str, Split] = field(default_factory=dict, repr=False)
+    _abort: str = field(default="", repr=False)
+    _deadline: float = field(default=math.inf, repr=False)
 
     def __post_init__(self) -> None:
         make_folder(self.config.state_dir, secret=True)
@@ -83,6 +95,50 @@ class Site:
     def audit(self) -> AuditLog:
         """The site's tamper-evident log."""
         return AuditLog(self.config.state_dir / AUDIT_LOG)
+
+    @cached_property
+    def results(self) -> Results | None:
+        """Answers that may be asked for again; None where they are not kept."""
+        return Results(self.config.state_dir / RESULTS) if self.keep_results else None
+
+    def follow(self, order: Order) -> None:
+        """Accept an order within this site's limits and write it into the audit log.
+
+        Raises:
+            RefusalError: A limit forbids it, or the site follows a newer one.
+        """
+        check_order(self.config, self.membership.policy, order.manifest)
+        if follow(self.config.state_dir / NEWEST_ORDER, order):
+            self.audit.append(
+                "order-followed",
+                run_uuid=order.manifest.run_uuid,
+                order_sha256=order.sha256,
+                code_sha256=order.manifest.code_sha256,
+                cohort=",".join(order.manifest.cohort),
+            )
+
+    def begin_work(self) -> None:
+        """Start the clock of one instruction; what was aborted before is forgotten."""
+        self._abort = ""
+        self._deadline = time.monotonic() + self.config.limits.max_round_seconds
+
+    def abort(self, reason: str) -> None:
+        """Have the work in progress end at its next step; any thread may call this."""
+        self._abort = reason
+
+    def check_work(self) -> None:
+        """Say whether the work in progress may go on; called between steps.
+
+        Raises:
+            RefusalError: It was aborted, or takes longer than this site allows.
+        """
+        if self._abort:
+            raise RefusalError("stopped", self._abort)
+        if time.monotonic() > self._deadline:
+            limit = self.config.limits.max_round_seconds
+            raise RefusalError(
+                "too-long", f"the work took longer than {limit} s, this site's limit"
+            )
 
     @cached_property
     def device(self) -> torch.device:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from client.data.transforms import augment_batch, augmentation, normalise
 from client.loss import class_weights, reweighted_loss
-from client.site import Site, Split
+from client.site import Site
 from medmamba.config import MedMambaConfig, ModelError
 from medmamba.model import MedMamba, no_weight_decay
 from medmamba.scan import active_backend
@@ -66,7 +66,8 @@ def train(site: Site, run: RunConfig, server_round: int, weights: Arrays) -> Tra
         weights: Global weights, by parameter name.
 
     Raises:
-        RefusalError: The site has no training examples, or the loss stopped being finite.
+        RefusalError: The site has no training examples, the loss stopped being finite, or the work
+            was aborted or took too long.
     """
     settings = run.training
     split = site.split("train", run.model)
@@ -95,6 +96,7 @@ def train(site: Site, run: RunConfig, server_round: int, weights: Arrays) -> Tra
     loss_sum, seen, steps = 0.0, 0, 0
     order_seed = derive_seed(run.seed, "order", site.name, server_round)
     for rows in batches(num_examples, settings, seed=order_seed):
+        site.check_work()
         images = split.images[rows]  # (b, c, s, s)
         if settings.augment:
             images = augment_batch(images, transform)
@@ -144,24 +146,22 @@ def add_proximal_gradient(model: torch.nn.Module, anchor: list[Tensor], proximal
                 parameter.grad.add_(parameter - start, alpha=proximal_mu)
 
 
+@torch.no_grad()
 def evaluate(site: Site, run: RunConfig, weights: Arrays, split_name: str) -> EvaluationSums:
-    """Evaluate the global weights on one split of the site; empty splits give zero sums."""
+    """Return the exact sums of the global weights on one split of the site; zeros without examples.
+
+    Raises:
+        RefusalError: The network's output is not finite, or the work was aborted or took too long.
+    """
     split = site.split(split_name, run.model)
     model = _model_of(site, run)
     load_arrays(model, weights)
-    return evaluate_model(model, split, run.model.num_classes, site.device)
-
-
-@torch.no_grad()
-def evaluate_model(
-    model: MedMamba, split: Split, num_classes: int, device: torch.device
-) -> EvaluationSums:
-    """Return the exact sums of one split under a model."""
     model.eval()
-    sums = EvaluationSums.zeros(num_classes)
+    sums = EvaluationSums.zeros(run.model.num_classes)
     for start in range(0, len(split.labels), EVALUATION_BATCH):
+        site.check_work()
         images = split.images[start : start + EVALUATION_BATCH]
-        logits = model(normalise(images).to(device))  # (b, num_classes)
+        logits = model(normalise(images).to(site.device))  # (b, num_classes)
         if not torch.isfinite(logits).all():
             raise RefusalError("output-not-finite", "the model's output is not finite")
         labels = split.labels[start : start + EVALUATION_BATCH]

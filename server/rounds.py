@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.serverapp import Grid
 
 from medmamba.config import MedMambaConfig
@@ -26,8 +26,10 @@ from server.checkpoint import State, check_shapes, load_checkpoint, save_checkpo
 from server.metrics import auc_interval, metrics, selection_value, worst_site
 from server.run_directory import CHECKPOINTS, MODEL, RunDirectory
 from strategies.arrays import Arrays
-from strategies.base import Outcome, Strategy, require_quorum
+from strategies.audit import AuditLog
+from strategies.base import Outcome, SiteKeys, Strategy, require_quorum
 from strategies.evaluation import EvaluationSums
+from strategies.orders import Order
 from strategies.registry import STRATEGIES
 from strategies.run_config import RunConfig
 from strategies.seeds import derive_seed
@@ -41,24 +43,43 @@ class Settings:
 
     Attributes:
         directory: Where the run is kept.
-        federation: The word all sites share.
-        run_uuid: Made once per run; survives resuming.
-        site_keys: Public keys of the admitted sites, by name.
+        order: The run's settings and cohort, signed.
+        order_key: Signs every instruction.
+        sites: Gives the public keys of the sites that are admitted now, by name.
+        audit: The coordinator's log.
         classes: Class names for people, in label order; empty: the labels themselves.
         simulated: Whether the sites are partitions on one machine.
-        on_round: Called with the round just finished; moves a progress bar.
+        on_round: Called with each round when its record is on disk.
     """
 
     directory: RunDirectory
-    federation: str
-    run_uuid: str
-    site_keys: Mapping[str, Ed25519PublicKey]
+    order: Order
+    order_key: Ed25519PrivateKey
+    sites: Callable[[], SiteKeys]
+    audit: AuditLog
     classes: Sequence[str] = ()
     simulated: bool = False
-    on_round: Callable[[int], None] = lambda server_round: None
+    on_round: Callable[[RoundResult], None] = lambda result: None
 
 
-def execute(grid: Grid, run: RunConfig, settings: Settings) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RoundResult:
+    """One finished round.
+
+    Attributes:
+        outcomes: Every site's, in site order.
+        validation: Pooled metrics of the weights that the round began with.
+    """
+
+    server_round: int
+    outcomes: Sequence[Outcome]
+    num_examples: int
+    train_loss: float
+    seconds: float
+    validation: Mapping[str, Any]
+
+
+def execute(grid: Grid, settings: Settings) -> dict[str, Any]:
     """Run all rounds, choose on validation, read test once, write the model.
 
     Returns:
@@ -68,7 +89,7 @@ def execute(grid: Grid, run: RunConfig, settings: Settings) -> dict[str, Any]:
         QuorumError: Too few sites or valid updates; the run can be resumed.
         CheckpointError: A checkpoint that does not fit this run.
     """
-    return _Run(grid, run, settings).execute()
+    return _Run(grid, settings).execute()
 
 
 def check(run: RunConfig, num_sites: int) -> None:
@@ -91,16 +112,17 @@ def initial_weights(run: RunConfig) -> Arrays:
 class _Run:
     """The state of one run while it executes."""
 
-    def __init__(self, grid: Grid, run: RunConfig, settings: Settings) -> None:
-        self.grid, self.run, self.settings = grid, run, settings
+    def __init__(self, grid: Grid, settings: Settings) -> None:
+        self.grid, self.settings = grid, settings
+        self.run, self.run_uuid = settings.order.run, settings.order.manifest.run_uuid
         self.directory = settings.directory
-        self.strategy: Strategy = STRATEGIES[run.strategy.name](
-            run,
-            federation=settings.federation,
-            run_uuid=settings.run_uuid,
-            site_keys=settings.site_keys,
+        self.strategy: Strategy = STRATEGIES[self.run.strategy.name](
+            settings.order,
+            order_key=settings.order_key,
+            sites=settings.sites,
+            audit=settings.audit,
         )
-        self.weights = initial_weights(run)
+        self.weights = initial_weights(self.run)
         self.best, self.best_round, self.best_value = self.weights, 0, -math.inf
         self.best_sums: dict[str, EvaluationSums] = {}
         self.chosen = False
@@ -110,11 +132,13 @@ class _Run:
 
     def execute(self) -> dict[str, Any]:
         """Train, choose, test, write."""
-        nodes = self.strategy.wait_for_cohort(self.grid, target=len(self.settings.site_keys))
+        nodes = self.strategy.wait_for_cohort(self.grid, target=len(self.strategy.cohort()))
         for server_round in range(self.first_round, self.run.num_server_rounds + 1):
             if server_round > self.first_round:
                 nodes = self.strategy.wait_for_cohort(self.grid, target=self.run.strategy.min_sites)
             self._round(server_round, nodes)
+        # A site that came back during the last round judges and tests too.
+        nodes = self.strategy.wait_for_cohort(self.grid, target=self.run.strategy.min_sites)
         if not self.chosen:
             self._choose(nodes)
         outcomes = self.strategy.evaluate(self.grid, nodes, self.best_round, self.best, "test")
@@ -123,7 +147,7 @@ class _Run:
         save(model, self.directory.path / MODEL)
         return self._summary(outcomes)
 
-    def _choose(self, nodes: Sequence[int]) -> None:
+    def _choose(self, nodes: Mapping[str, int]) -> None:
         """Judge the last round's weights too; keep the choice before anybody reads test."""
         last = self.run.num_server_rounds
         outcomes = self.strategy.evaluate(self.grid, nodes, last, self.weights, "val")
@@ -135,7 +159,7 @@ class _Run:
         self._save(last)
 
     def _resume(self) -> None:
-        found = load_checkpoint(self.directory.path / CHECKPOINTS, self.settings.run_uuid)
+        found = load_checkpoint(self.directory.path / CHECKPOINTS, self.run_uuid)
         if found is None:
             self.directory.cut_history(0)
             return
@@ -153,21 +177,21 @@ class _Run:
         self.directory.cut_history(state.history_bytes)
         log.info("resumed after round=%d run_uuid=%s", state.server_round, state.run_uuid)
 
-    def _round(self, server_round: int, nodes: Sequence[int]) -> None:
+    def _round(self, server_round: int, nodes: Mapping[str, int]) -> None:
         began = time.monotonic()
         before = self.weights
         weights, outcomes = self.strategy.train(self.grid, nodes, server_round, before)
         # Replies to round r carry validation figures of the weights that round r - 1 gave.
-        self._judge(server_round - 1, outcomes)
+        validation = self._judge(server_round - 1, outcomes)
         self.weights = weights
         seconds = time.monotonic() - began
-        self._record_round(server_round, outcomes, seconds)
+        result = self._record_round(server_round, outcomes, seconds, validation)
         self._save(server_round)
-        self.settings.on_round(server_round)
+        self.settings.on_round(result)
 
     def _save(self, server_round: int) -> None:
         state = State(
-            run_uuid=self.settings.run_uuid,
+            run_uuid=self.run_uuid,
             server_round=server_round,
             history_bytes=self.directory.history_bytes(),
             best_round=self.best_round,
@@ -178,7 +202,7 @@ class _Run:
         )
         save_checkpoint(self.directory.path / CHECKPOINTS, state, self.weights, self.best)
 
-    def _judge(self, server_round: int, outcomes: Sequence[Outcome]) -> None:
+    def _judge(self, server_round: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """Record validation figures of the current weights and keep them if they are the best."""
         sums = _sums_by_site(outcomes)
         pooled = metrics(_pool(sums, self.run.model.num_classes))
@@ -195,8 +219,15 @@ class _Run:
         if server_round > 0 and improves(sums, self.best_sums, metric):
             self.best, self.best_round, self.best_sums = self.weights, server_round, sums
             self.best_value = selection_value(pooled, metric)
+        return pooled
 
-    def _record_round(self, server_round: int, outcomes: Sequence[Outcome], seconds: float) -> None:
+    def _record_round(
+        self,
+        server_round: int,
+        outcomes: Sequence[Outcome],
+        seconds: float,
+        validation: Mapping[str, Any],
+    ) -> RoundResult:
         replies = {o.site: o.reply for o in outcomes if o.reply is not None}
         num_examples = sum(reply.num_examples for reply in replies.values())
         losses = {site: reply.number("train-loss") for site, reply in replies.items()}
@@ -224,6 +255,8 @@ class _Run:
                     "num_steps": reply.number("num-steps") if reply else None,
                     "train_loss": losses.get(outcome.site),
                     "seconds": reply.number("seconds") if reply else None,
+                    "version": reply.version if reply else None,
+                    "code_sha256": reply.code_sha256 if reply else None,
                     "scan_backend": reply.scan_backend if reply else None,
                     "scan_reproducible": is_reproducible(reply.scan_backend) if reply else None,
                 }
@@ -234,13 +267,14 @@ class _Run:
             server_round,
             self.run.num_server_rounds,
             len(replies),
-            len(self.settings.site_keys),
+            len(outcomes),
             num_examples,
             loss,
             seconds,
             self.run.privacy.mode,
             self.run.encryption.mode,
         )
+        return RoundResult(server_round, outcomes, num_examples, loss, seconds, validation)
 
     def _summary(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         sums = _sums_by_site(outcomes)
@@ -251,7 +285,7 @@ class _Run:
             str(label) for label in range(self.run.model.num_classes)
         ]
         return {
-            "run_uuid": self.settings.run_uuid,
+            "run_uuid": self.run_uuid,
             "dataset": self.run.dataset,
             "classes": classes,
             "strategy": self.run.strategy.name,

@@ -8,21 +8,26 @@ byte, interrupted or not.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from flwr.app import Context, RecordDict
 
 from client.app import app as client_app
 from client.data.manifest import ImageDataset
 from client.data.registry import load
 from client.data.transforms import require_fit
-from client.site import SIGNING_KEY, Site, choose_device, register
-from client.site_config import Limits, SiteConfig
+from client.membership import Membership
+from client.site import Site, choose_device, register
+from client.site_config import AUDIT_LOG, SIGNING_KEY, Limits, SiteConfig
 from client.train import batches
 from medmamba.config import ModelError
 from medmamba.scan import active_backend, backend_details
@@ -32,9 +37,13 @@ from server.run_directory import SUMMARY, RunDirectory, provenance, read_json, t
 from simulation.grid import RUN_ID, SERVER_NODE_ID, Fault, LocalGrid, no_fault
 from simulation.partition import describe, partition, site_names
 from simulation.scenario import Scenario
+from strategies.audit import AuditLog
+from strategies.code import code_sha256
+from strategies.enrolment import EnrolmentRequest, FederationPolicy, JoinDocument
 from strategies.errors import CheckpointError, ConfigError
-from strategies.files import write_atomic
+from strategies.files import make_folder, write_atomic
 from strategies.identity import create_signing_key
+from strategies.orders import Order, RunManifest
 from strategies.run_config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -43,6 +52,8 @@ FEDERATION = "simulation"
 POOLED_SITE = "pooled"
 PARTITION = "partition.json"
 SIMULATED_DEVICE = "auto"
+UNLIMITED = 2**31
+ORDER_MS = 365 * 86_400_000
 
 OnReply = Callable[[str], None]
 
@@ -193,9 +204,16 @@ def _federate(
     fault: Fault,
     on_reply: OnReply,
 ) -> dict[str, Any]:
-    sites = {name: _site(name, part, directory.path, run) for name, part in parts.items()}
+    order_key = Ed25519PrivateKey.generate()
+    sites = {
+        name: _site(name, part, directory.path, run.dataset, order_key)
+        for name, part in parts.items()
+    }
     for site in sites.values():
         register(site)
+    keys = {name: site.signing_key.public_key() for name, site in sites.items()}
+    audit = AuditLog(directory.path / AUDIT_LOG)
+    audit.create()
     run_config = dict(run.flatten())
     grid = LocalGrid(
         client_app,
@@ -214,37 +232,75 @@ def _federate(
     )
     settings = Settings(
         directory=directory,
-        federation=FEDERATION,
-        run_uuid=run_uuid,
-        site_keys={name: site.signing_key.public_key() for name, site in sites.items()},
+        order=_order(order_key, run, run_uuid, list(sites)),
+        order_key=order_key,
+        sites=lambda: keys,
+        audit=audit,
         classes=next(iter(parts.values())).manifest.classes,
         simulated=True,
     )
     return run_app(grid, context, settings)
 
 
-def _site(name: str, part: ImageDataset, run_dir: Path, run: RunConfig) -> Site:
+def _order(key: Ed25519PrivateKey, run: RunConfig, run_uuid: str, sites: Sequence[str]) -> Order:
+    """Issue the order of one session, as ``python -m server run`` does."""
+    now = time.time_ns() // 1_000_000
+    manifest = RunManifest(
+        federation=FEDERATION,
+        run_uuid=run_uuid,
+        run_config=run.flatten(),
+        cohort=tuple(sites),
+        code_sha256=code_sha256(),
+        issued_ms=now,
+        expires_ms=now + ORDER_MS,
+    )
+    return Order.issue(key, manifest)
+
+
+def _site(
+    name: str, part: ImageDataset, run_dir: Path, task: str, order_key: Ed25519PrivateKey
+) -> Site:
+    """Make a site that admits all that a scenario may ask: a researcher owns both ends."""
     limits = Limits(
         require_privacy=False,
         require_encryption=False,
         allowed_sizes=("nano", "tiny", "small", "base", "custom"),
-        max_local_epochs=run.training.local_epochs,
-        max_local_steps=max(run.training.local_steps, 1),
-        max_batch_size=run.training.batch_size,
-        max_image_size=run.model.image_size,
-        max_positions=run.model.image_size**2,
+        max_local_epochs=UNLIMITED,
+        max_local_steps=UNLIMITED,
+        max_batch_size=UNLIMITED,
+        max_image_size=UNLIMITED,
+        max_positions=UNLIMITED,
+        max_round_seconds=UNLIMITED,
+        min_cohort=1,
     )  # pyright: ignore[reportCallIssue]
     config = SiteConfig(
         site=name,
-        federation=FEDERATION,
         state_dir=run_dir / "sites" / name,
         device=SIMULATED_DEVICE,
-        task=run.dataset,
+        task=task,
         data={"dataset": "phantom"},  # pyright: ignore[reportArgumentType]
         limits=limits,
     )  # pyright: ignore[reportCallIssue]
-    site = Site(config, lambda: part)
-    create_signing_key(config.state_dir / SIGNING_KEY)
+    make_folder(config.state_dir, secret=True)
+    signing_key = create_signing_key(config.state_dir / SIGNING_KEY)
+    request = EnrolmentRequest.create(
+        name,
+        signing_key=signing_key,
+        node_key=ec.generate_private_key(ec.SECP384R1()),
+        wrap_key=X25519PrivateKey.generate(),
+    )
+    document = JoinDocument.create(
+        request,
+        order_key,
+        federation=FEDERATION,
+        name=FEDERATION,
+        address="",
+        ca_certificate="",
+        policy=FederationPolicy(min_cohort=1),  # pyright: ignore[reportCallIssue]
+    )
+    membership = Membership(document, address="", ca_path=Path())
+    # Replies cannot get lost here, and a kept update a round and site would fill the disk.
+    site = Site(config, lambda: part, membership, keep_results=False)
     site.audit.create()
     return site
 

@@ -1,8 +1,9 @@
 """The in-process Grid: the same ServerApp, strategies and ClientApp, without processes or sockets.
 
 Invariant: every message makes the wire round trip (deflate to bytes, inflate), so what works here
-works over HTTP, and no two sites share an object. Each node has one Context for the whole run, as a
-real node has. A ``fault`` decides what a node's link does to a message: the hook for tests.
+works over HTTP, and no two sites share an object. A site works when its reply is asked for, so that
+only one reply is in memory at a time. Each node has one Context for the whole run, as a real node
+has. A ``fault`` decides what a node's link does to a message: the hook for tests.
 
 The private Flower names of this package are in this file (checked against flwr 1.41).
 """
@@ -16,6 +17,7 @@ from typing import Literal
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -73,7 +75,7 @@ class LocalGrid(Grid):
             )
             for node, site in sites.items()
         }
-        self._replies: dict[str, Message] = {}
+        self._waiting: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=RUN_ID)
 
     def set_run(self, run: Run) -> None:
@@ -100,23 +102,32 @@ class LocalGrid(Grid):
         """Return all nodes: they are always connected."""
         return list(self._sites)
 
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Return all nodes with the sites' names, as a superlink has registered them."""
+        return [NodeInfo(node_id=node, name=site) for node, site in self._sites.items()]
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Deliver messages and collect the replies; returns one id per message, in order."""
+        """Accept messages for the nodes; returns one id per message, in order."""
         message_ids: list[str] = []
         for message in messages:
             message_id = uuid.uuid4().hex
             message.metadata.__dict__["_message_id"] = message_id
             message_ids.append(message_id)
-            site = self._sites[message.metadata.dst_node_id]
-            reply = self._deliver(site, message)
-            if reply is not None:
-                self._replies[message_id] = reply
-            self._on_reply(site)
+            self._waiting[message_id] = message
         return message_ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Hand over the replies to these messages that are there."""
-        return [self._replies.pop(key) for key in message_ids if key in self._replies]
+        """Have the sites answer these messages and hand over their replies."""
+        replies: list[Message] = []
+        for message_id in message_ids:
+            message = self._waiting.pop(message_id, None)
+            if message is not None:
+                site = self._sites[message.metadata.dst_node_id]
+                reply = self._deliver(site, message)
+                if reply is not None:
+                    replies.append(reply)
+                self._on_reply(site)
+        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -31,6 +31,11 @@ def hash_arrays(arrays: Arrays) -> str:
     return hash_blob(serialise(arrays))
 
 
+def num_bytes(arrays: Arrays) -> int:
+    """Return the size of the numbers alone."""
+    return sum(value.nbytes for value in arrays.values())
+
+
 def hash_blob(data: bytes) -> str:
     """Return the hash that :func:`hash_arrays` gives for the arrays in a blob."""
     return hashlib.sha256(data).hexdigest()

@@ -1,41 +1,44 @@
 """One round with unreliable sites: wait, ask, check every reply, aggregate.
 
 Invariant: a bad reply is dropped with its reason and never ends a run; only fewer valid replies
-than the quorum does. Replies are matched by the instruction they answer (Flower reports a lost
-node's error under the server's own node id) and aggregated in site order, so the result does not
-depend on who answers first. Only float32 arrays travel: integer buffers stay where they are.
+than the quorum does. A node speaks for the site whose name the superlink registered with its key,
+and for no other; its replies are matched by the instruction they answer (Flower reports a lost
+node's error under the server's own node id). Replies are taken and added one at a time in site
+order, so the result does not depend on who answers first and memory not on how many sites there
+are. Only float32 arrays travel: integer buffers stay where they are.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from strategies.arrays import Arrays
+from strategies.arrays import Arrays, hash_arrays, num_bytes
+from strategies.audit import AuditLog
+from strategies.checks import check_reply
 from strategies.cli import one_line
 from strategies.errors import ConfigError, FederationError, ProtocolError, QuorumError
 from strategies.evaluation import EvaluationSums
+from strategies.orders import Order
 from strategies.records import Instruction, Reply
-from strategies.run_config import RunConfig, StrategySection
+from strategies.run_config import StrategySection
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
 REASON_LENGTH = 200
-# An update this many times as long as the weights is a fault, and one of them ends all learning.
-MAX_UPDATE_RATIO = 100.0
-# When two nodes speak for one site, the outcome that says more stands.
-_WORTH = {"missing": 0, "dropped": 1, "refused": 2, "ok": 3}
+# Replies wait at the superlink until their turn, which may come after the deadline.
+GRACE_SECONDS = 120.0
+
+SiteKeys = Mapping[str, Ed25519PublicKey]
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,11 @@ class Outcome:
     """What became of one site in one round.
 
     Attributes:
-        site: Site name, or ``node <id>`` when no verified reply ever named the node's site.
+        site: Site name.
         status: ``ok``; ``refused`` by the site's policy; ``dropped`` by a check here; ``missing``
             when no reply came.
         reason: Why not ``ok``; empty otherwise.
-        reply: The verified reply when ``ok``.
+        reply: The verified reply when ``ok``, without its update.
         sums: Evaluation sums of an ``ok`` reply; of the weights it started from when it trained.
     """
 
@@ -58,6 +61,18 @@ class Outcome:
     sums: EvaluationSums | None = None
 
 
+class Aggregation(ABC):
+    """One round's aggregate while replies come in."""
+
+    @abstractmethod
+    def add(self, reply: Reply) -> None:
+        """Take one valid training reply; called in site order."""
+
+    @abstractmethod
+    def result(self) -> Arrays:
+        """Return the next global weights, after at least one reply."""
+
+
 class Strategy(ABC):
     """Base of every algorithm: the round protocol is here, the arithmetic in subclasses.
 
@@ -65,6 +80,13 @@ class Strategy(ABC):
         name: Its name in RunConfig.
         buffer_rule: What happens to floating-point normalisation buffers (BatchNorm's running
             statistics): ``averaged`` like parameters. Integer buffers never travel.
+
+    Args:
+        order: The run, as the sites get it.
+        order_key: Signs every instruction.
+        sites: Gives the public keys of the sites that are admitted now, by name; asked again for
+            every message, so that a revoked site is out at once.
+        audit: The coordinator's log; an outcome that cannot be written ends the run.
     """
 
     name: ClassVar[str]
@@ -72,62 +94,68 @@ class Strategy(ABC):
 
     def __init__(
         self,
-        config: RunConfig,
+        order: Order,
         *,
-        federation: str,
-        run_uuid: str,
-        site_keys: Mapping[str, Ed25519PublicKey],
+        order_key: Ed25519PrivateKey,
+        sites: Callable[[], SiteKeys],
+        audit: AuditLog,
     ) -> None:
-        require_quorum(config.strategy, len(site_keys))
-        self.config = config
-        self.federation = federation
-        self.run_uuid = run_uuid
-        self.site_keys = dict(site_keys)
-        self._site_of_node: dict[int, str] = {}
+        self.order, self.config = order, order.run
+        self._order_key, self._admitted, self._audit = order_key, sites, audit
+        require_quorum(self.config.strategy, len(self.cohort()))
 
     @abstractmethod
-    def aggregate(self, weights: Arrays, replies: Sequence[Reply]) -> Arrays:
-        """Return the next global weights.
+    def aggregation(self, weights: Arrays) -> Aggregation:
+        """Begin the aggregate of a round.
 
         Args:
-            weights: The weights the sites started from.
-            replies: At least one valid training reply, in site order.
+            weights: The weights the sites start from.
         """
 
-    def wait_for_cohort(self, grid: Grid, *, target: int) -> list[int]:
-        """Wait until ``target`` nodes are connected, or the deadline passes.
+    def cohort(self) -> SiteKeys:
+        """Return the run's sites that are admitted now, in name order."""
+        admitted = self._admitted()
+        return {
+            site: admitted[site] for site in sorted(self.order.manifest.cohort) if site in admitted
+        }
+
+    def wait_for_cohort(self, grid: Grid, *, target: int) -> dict[str, int]:
+        """Wait until ``target`` sites are connected, or the deadline passes.
 
         Returns:
-            Node ids in numeric order; at least the quorum, possibly fewer than ``target``.
+            Site to node id, in name order; at least the quorum, possibly fewer than ``target``.
 
         Raises:
-            QuorumError: Fewer nodes than the quorum at the deadline.
+            QuorumError: Fewer sites than the quorum at the deadline; the missing ones are named.
         """
         settings = self.config.strategy
         deadline = time.monotonic() + settings.wait_seconds
-        told = False
+        told: set[str] = set()
         while True:
-            nodes = sorted(grid.get_node_ids())
-            if len(nodes) >= target:
-                return nodes
+            cohort = self.cohort()
+            nodes = {node.name: node.node_id for node in grid.get_nodes() if node.name in cohort}
+            missing = [site for site in cohort if site not in nodes]
+            if len(nodes) >= min(target, len(cohort)) and len(nodes) >= settings.min_sites:
+                break
             if time.monotonic() >= deadline:
                 break
-            if not told:
-                log.info("waiting for sites connected=%d expected=%d", len(nodes), target)
-                told = True
+            if set(missing) != told:
+                log.info("waiting for sites=%s connected=%d", ",".join(missing), len(nodes))
+                told = set(missing)
             time.sleep(POLL_SECONDS)
-        if len(nodes) >= settings.min_sites:
-            log.warning("continuing with connected=%d expected=%d", len(nodes), target)
-            return nodes
-        raise QuorumError(
-            f"connected sites={len(nodes)} after {settings.wait_seconds:g} s; "
-            f"strategy.min-sites={settings.min_sites}",
-            hint="start `python -m client --site NAME` at the sites, or raise "
-            "strategy.wait-seconds",
-        )
+        if len(nodes) < settings.min_sites:
+            raise QuorumError(
+                f"connected sites={len(nodes)} after {settings.wait_seconds:g} s; "
+                f"strategy.min-sites={settings.min_sites}; not connected: {', '.join(missing)}",
+                hint="start `python -m client --site NAME` at the sites, or raise "
+                "strategy.wait-seconds",
+            )
+        if missing:
+            log.warning("continuing without sites=%s", ",".join(missing))
+        return dict(sorted(nodes.items()))
 
     def train(
-        self, grid: Grid, nodes: Sequence[int], server_round: int, weights: Arrays
+        self, grid: Grid, nodes: Mapping[str, int], server_round: int, weights: Arrays
     ) -> tuple[Arrays, list[Outcome]]:
         """Run one training round.
 
@@ -137,35 +165,49 @@ class Strategy(ABC):
         Raises:
             QuorumError: Fewer valid updates than the quorum; ``weights`` are unchanged.
         """
-        outcomes = self.ask(grid, nodes, self._instruction("train", server_round, weights))
-        replies = [outcome.reply for outcome in outcomes if outcome.reply is not None]
-        if len(replies) < self.config.strategy.min_sites:
+        aggregation = self.aggregation(weights)
+        instruction = Instruction(self.order, server_round, "train", weights)
+        outcomes = self.ask(grid, nodes, instruction, aggregation.add)
+        valid = sum(outcome.status == "ok" for outcome in outcomes)
+        if valid < self.config.strategy.min_sites:
             reasons = "; ".join(f"{o.site}: {o.reason}" for o in outcomes if o.status != "ok")
             raise QuorumError(
-                f"round={server_round} valid updates={len(replies)}; "
+                f"round={server_round} valid updates={valid}; "
                 f"strategy.min-sites={self.config.strategy.min_sites} ({reasons})",
                 hint="mend the sites named here, then continue with --resume",
             )
-        return self.aggregate(weights, replies), outcomes
+        return aggregation.result(), outcomes
 
     def evaluate(
         self,
         grid: Grid,
-        nodes: Sequence[int],
+        nodes: Mapping[str, int],
         server_round: int,
         weights: Arrays,
         split: Literal["val", "test"],
     ) -> list[Outcome]:
         """Ask the sites to evaluate ``weights``; outcomes in site order."""
-        return self.ask(grid, nodes, self._instruction(split, server_round, weights))
+        return self.ask(grid, nodes, Instruction(self.order, server_round, split, weights))
 
-    def ask(self, grid: Grid, nodes: Sequence[int], instruction: Instruction) -> list[Outcome]:
-        """Send one instruction to every node and judge what comes back before the deadline."""
+    def ask(
+        self,
+        grid: Grid,
+        nodes: Mapping[str, int],
+        instruction: Instruction,
+        take: Callable[[Reply], None] = lambda reply: None,
+    ) -> list[Outcome]:
+        """Send one instruction to every node and judge what comes back before the deadline.
+
+        Args:
+            grid: Carries the messages.
+            nodes: Site to node id.
+            instruction: What to ask.
+            take: Is given every valid reply, in site order; only here does it have its update.
+        """
         timeout = self.config.strategy.round_timeout_seconds
-        content = instruction.to_content()
-        kind = "train" if instruction.task == "train" else "evaluate"
-        group = str(instruction.server_round)
-        messages = [Message(content, node, kind, ttl=timeout, group_id=group) for node in nodes]
+        cohort = self.cohort()
+        nodes = {site: nodes[site] for site in cohort if site in nodes}
+        messages = self._messages(nodes, instruction)
         message_ids = list(grid.push_messages(messages))
         if len(message_ids) != len(messages):
             raise FederationError(
@@ -173,61 +215,32 @@ class Strategy(ABC):
                 "not take the instructions",
                 hint="its log says why; weights too large for it are the usual reason",
             )
-        pending = {message_id for message_id in message_ids if message_id}
-        answers = self._collect(grid, pending, time.monotonic() + timeout)
-        outcomes: dict[str, Outcome] = {}
-        for node, message_id in zip(nodes, message_ids, strict=True):
-            outcome = self._judge(node, message_id, answers.get(message_id), instruction)
-            # What a stranger wrote must not forge a line of the log or fill the history.
-            outcome = replace(outcome, reason=one_line(outcome.reason, limit=REASON_LENGTH))
-            earlier = outcomes.get(outcome.site)
-            if earlier is not None and earlier.status == outcome.status == "ok":
-                site = f"node {node}"
-                reason = f"a second reply for site {outcome.site} in this round"
-                outcomes[site] = Outcome(site, "dropped", reason)
-            elif earlier is None or _WORTH[outcome.status] > _WORTH[earlier.status]:
-                # A restarted site is a new node, and its old one may still be listed.
-                outcomes[outcome.site] = outcome
-        for site in self.site_keys:
-            outcomes.setdefault(site, Outcome(site, "missing", "not connected"))
-        ordered = [outcomes[site] for site in sorted(outcomes)]
-        for outcome in ordered:
-            if outcome.status != "ok":
-                log.warning(
-                    "round=%d task=%s site=%s status=%s reason=%s",
-                    instruction.server_round,
-                    instruction.task,
-                    outcome.site,
-                    outcome.status,
-                    outcome.reason,
-                )
-        return ordered
+        sent = dict(zip(nodes, message_ids, strict=True))
+        deadline = time.monotonic() + timeout
+        outcomes: list[Outcome] = []
+        for site in cohort:
+            message_id = sent.get(site)
+            if not message_id:  # flower-superlink's way to say that the node has gone
+                outcome = Outcome(site, "missing", "not connected")
+            else:
+                message = _reply_to(grid, message_id, deadline)
+                outcome = self._judge(site, message_id, message, instruction)
+            if outcome.reply is not None:
+                take(outcome.reply)
+            outcomes.append(self._recorded(outcome, instruction))
+        return outcomes
 
-    def _instruction(
-        self, task: Literal["train", "val", "test"], server_round: int, weights: Arrays
-    ) -> Instruction:
-        return Instruction(self.federation, self.run_uuid, server_round, task, weights)
-
-    @staticmethod
-    def _collect(grid: Grid, pending: set[str], deadline: float) -> dict[str, Message]:
-        answers: dict[str, Message] = {}
-        while True:
-            for message in grid.pull_messages(sorted(pending)):
-                message_id = message.metadata.reply_to_message_id
-                if message_id in pending:
-                    pending.discard(message_id)
-                    answers[message_id] = message
-            if not pending or time.monotonic() >= deadline:
-                return answers
-            time.sleep(POLL_SECONDS)
+    def _messages(self, nodes: Mapping[str, int], instruction: Instruction) -> list[Message]:
+        content = instruction.to_content(self._order_key)
+        kind = "train" if instruction.task == "train" else "evaluate"
+        ttl = self.config.strategy.round_timeout_seconds + GRACE_SECONDS
+        group = str(instruction.server_round)
+        return [Message(content, node, kind, ttl=ttl, group_id=group) for node in nodes.values()]
 
     def _judge(
-        self, node: int, message_id: str, message: Message | None, instruction: Instruction
+        self, site: str, message_id: str, message: Message | None, instruction: Instruction
     ) -> Outcome:
-        """Decide what one node's answer is worth."""
-        site = self._site_of_node.get(node, f"node {node}")
-        if not message_id:  # how flower-superlink says so
-            return Outcome(site, "missing", "not connected")
+        """Decide what one site's answer is worth."""
         if message is None:
             seconds = self.config.strategy.round_timeout_seconds
             return Outcome(site, "missing", f"no reply within {seconds:g} s")
@@ -235,40 +248,49 @@ class Strategy(ABC):
             error = message.error
             return Outcome(site, "missing", f"Flower error {error.code}: {error.reason}")
         try:
-            reply = Reply.from_content(message.content, self.site_keys)
-            # Only a fresh signature tells who the node is: an old one can be replayed by anybody.
+            keys = self._admitted()
+            if site not in keys:
+                raise ProtocolError("the site was revoked meanwhile")
+            reply = Reply.from_content(message.content, keys)
+            if reply.site != site:
+                raise ProtocolError(f"its node answered in the name of site={reply.site}")
+            # Only a fresh signature counts: an old one can be replayed by anybody.
             if reply.message_id != message_id:
                 raise ProtocolError("the signature covers another instruction")
-            self._site_of_node[node] = site = reply.site
-            _check_answers(reply, instruction)
             if reply.status == "refused":
                 return Outcome(site, "refused", reply.reason)
-            sums = self._check_content(reply, instruction)
+            sums = check_reply(reply, instruction)
         except FederationError as error:
             return Outcome(site, "dropped", str(error))
         return Outcome(site, "ok", reply=reply, sums=sums)
 
-    def _check_content(self, reply: Reply, instruction: Instruction) -> EvaluationSums:
-        """Check what an ``ok`` reply carries and return its evaluation sums.
-
-        Raises:
-            ProtocolError: Its numbers or arrays are not usable.
-        """
-        cap = self.config.strategy.max_num_examples
-        smallest = 1 if reply.task == "train" else 0
-        if not smallest <= reply.num_examples <= cap:
-            raise ProtocolError(f"num-examples={reply.num_examples}: expected {smallest} to {cap}")
-        prefix = "val" if reply.task == "train" else reply.task
-        sums = EvaluationSums.from_metrics(prefix, reply.metrics, self.config.model.num_classes)
-        if sums.num_examples > cap:
-            raise ProtocolError(f"{prefix}-num-examples={sums.num_examples}: expected 0 to {cap}")
-        if reply.task == "train":
-            _check_update(reply.update, instruction.weights)
-        elif sums.num_examples != reply.num_examples:
-            raise ProtocolError(
-                f"num-examples={reply.num_examples} but {sums.num_examples} were evaluated"
+    def _recorded(self, outcome: Outcome, instruction: Instruction) -> Outcome:
+        """Write an outcome into the audit log; returns it without the update."""
+        # What a stranger wrote must not forge a line of the log or fill the history.
+        outcome = replace(outcome, reason=one_line(outcome.reason, limit=REASON_LENGTH))
+        reply = outcome.reply
+        self._audit.append(
+            "outcome",
+            run_uuid=instruction.run_uuid,
+            server_round=instruction.server_round,
+            task=instruction.task,
+            site=outcome.site,
+            status=outcome.status,
+            reason=outcome.reason,
+            code_sha256=reply.code_sha256 if reply else "",
+            bytes=num_bytes(reply.update) if reply else 0,
+            arrays_sha256=hash_arrays(reply.update) if reply else "",
+        )
+        if outcome.status != "ok":
+            log.warning(
+                "round=%d task=%s site=%s status=%s reason=%s",
+                instruction.server_round,
+                instruction.task,
+                outcome.site,
+                outcome.status,
+                outcome.reason,
             )
-        return sums
+        return replace(outcome, reply=replace(reply, update={})) if reply else outcome
 
 
 def require_quorum(settings: StrategySection, num_sites: int) -> None:
@@ -284,45 +306,12 @@ def require_quorum(settings: StrategySection, num_sites: int) -> None:
         )
 
 
-def weighted_mean_update(weights: Arrays, replies: Sequence[Reply]) -> Arrays:
-    """Return ``w + sum_k (n_k / n) u_k``, summed in float64 in the order given.
-
-    Source: McMahan et al., FedAvg (arXiv 1602.05629), algorithm 1, in terms of updates.
-    """
-    total = sum(reply.num_examples for reply in replies)
-    result: Arrays = {}
-    for name, value in weights.items():
-        mean = value.astype(np.float64)
-        for reply in replies:
-            mean += (reply.num_examples / total) * reply.update[name].astype(np.float64)
-        result[name] = mean.astype(np.float32)
-    return result
-
-
-def _check_answers(reply: Reply, instruction: Instruction) -> None:
-    for name in ("federation", "run_uuid", "server_round", "task"):
-        if getattr(reply, name) != getattr(instruction, name):
-            raise ProtocolError(
-                f"{name}={getattr(reply, name)!r}: expected {getattr(instruction, name)!r}"
-            )
-
-
-def _check_update(update: Arrays, weights: Arrays) -> None:
-    if update.keys() != weights.keys():
-        odd = sorted(update.keys() ^ weights.keys())
-        raise ProtocolError(f"arrays {', '.join(odd[:3])} are missing or unknown ({len(odd)})")
-    for name, value in update.items():
-        if value.shape != weights[name].shape:
-            raise ProtocolError(
-                f"array {name!r} has shape={value.shape}; expected {weights[name].shape}"
-            )
-        if not np.isfinite(value).all():
-            raise ProtocolError(f"array {name!r} holds values that are not finite")
-    length, limit = _norm(update), MAX_UPDATE_RATIO * max(_norm(weights), 1.0)
-    if length > limit:
-        raise ProtocolError(f"update norm={length:.3g}: expected at most {limit:.3g}")
-
-
-def _norm(arrays: Arrays) -> float:
-    squares = (float(np.square(value, dtype=np.float64).sum()) for value in arrays.values())
-    return math.sqrt(sum(squares))
+def _reply_to(grid: Grid, message_id: str, deadline: float) -> Message | None:
+    """Wait for one reply; those that came before it wait at the superlink, not in memory."""
+    while True:
+        for message in grid.pull_messages([message_id]):
+            if message.metadata.reply_to_message_id == message_id:
+                return message
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(POLL_SECONDS)

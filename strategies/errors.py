@@ -7,7 +7,8 @@
     ├── ProtocolError          a message breaks the wire contract (records.py)
     ├── SignatureError         a signature is missing, wrong, or of an unknown key
     ├── RefusalError           a site declines an instruction; its reason may leave the site
-    └── QuorumError            fewer valid replies than the run asks for
+    ├── QuorumError            exit code 3: fewer valid replies than the run asks for
+    └── StoppedError           exit code 130: a person ended it; what was reached is kept
 
 Invariant: ``str(error)`` is one line of the form ``name=value ... expected ...`` and ``hint`` says
 what to do. Texts that leave a site (RefusalError) hold no path, file name or identifier.
@@ -66,3 +67,11 @@ class RefusalError(FederationError):
 
 class QuorumError(FederationError):
     """Fewer sites, or fewer valid replies, than the run asks for."""
+
+    exit_code = 3
+
+
+class StoppedError(FederationError):
+    """A person ended a run before it was complete; what was reached is kept."""
+
+    exit_code = 130

@@ -1,15 +1,18 @@
-"""The wire contract: what an instruction and a reply hold, and the bytes a site signs.
+"""The wire contract: what an instruction and a reply hold, and the bytes that each end signs.
 
 Invariant: a coordinator learns from a site nothing that is not declared here. Numbers travel as
 Flower records: arrays as one blob in an ``ArrayRecord``, sums and seconds as ``MetricRecord``
-(declared keys only), the rest as ``ConfigRecord``. Every reply, a refusal too, carries the site's
-signature over (schema, federation, run_uuid, round, message id, key epoch, site, status, reason,
-num_examples, hash of the arrays, metrics); Flower itself lets one site answer in another's name.
+(declared keys only), the rest as ``ConfigRecord``. An instruction carries its order and the order
+key's signature over (schema, order, round, task, hash of the arrays). Every reply, a refusal too,
+carries the site's signature over (schema, federation, run_uuid, round, message id, key epoch, site,
+code, status, reason, num_examples, hash of the arrays, metrics). Flower itself lets one site answer
+in another's name, and anybody who reaches its control port give instructions.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -26,13 +29,16 @@ from strategies.arrays import (
     serialise,
     to_record,
 )
+from strategies.code import code_sha256, version
 from strategies.errors import ProtocolError
 from strategies.evaluation import metric_keys
 from strategies.identity import sign, verify
+from strategies.orders import Order
 from strategies.run_config import SCAN_BACKENDS
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 METRICS, ENVELOPE = "metrics", "envelope"
+CODE_HASH = r"[0-9a-f]{64}"
 
 MetricValue = int | float | list[int] | list[float]
 Task = Literal["train", "val", "test"]
@@ -52,53 +58,81 @@ class Instruction:
     """What the coordinator asks of one site.
 
     Attributes:
+        order: The run it belongs to.
         task: ``train``, or the split to evaluate on: ``val`` or ``test``.
         server_round: The round to train, from 1; for an evaluation the round whose result the
             weights are, 0 being the initial ones.
         weights: The global weights, by parameter name.
     """
 
-    federation: str
-    run_uuid: str
+    order: Order
     server_round: int
     task: Task
     weights: Arrays
 
-    def to_content(self) -> RecordDict:
-        """Pack for a Flower message."""
+    @property
+    def federation(self) -> str:
+        """The federation's id."""
+        return self.order.manifest.federation
+
+    @property
+    def run_uuid(self) -> str:
+        """The run's name, which survives resuming."""
+        return self.order.manifest.run_uuid
+
+    def to_content(self, key: Ed25519PrivateKey) -> RecordDict:
+        """Sign with the order key and pack for a Flower message."""
+        data = serialise(self.weights)
         envelope: dict[str, int | float | str | bytes] = {
             "schema-version": SCHEMA_VERSION,
-            "federation": self.federation,
-            "run-uuid": self.run_uuid,
+            "order": self.order.text,
+            "order-signature": self.order.signature,
             "server-round": self.server_round,
             "task": self.task,
+            "signature": sign(key, _instruction_document(self, hash_blob(data))),
         }
-        arrays = to_record(serialise(self.weights))
-        return RecordDict({ARRAYS: arrays, ENVELOPE: ConfigRecord(dict(envelope))})
+        return RecordDict({ARRAYS: to_record(data), ENVELOPE: ConfigRecord(dict(envelope))})
 
     @classmethod
-    def from_content(cls, content: RecordDict) -> Instruction:
+    def from_content(
+        cls, content: RecordDict, key: Ed25519PublicKey, *, federation: str
+    ) -> Instruction:
         """Unpack and check.
+
+        Args:
+            content: Of the message.
+            key: The order key that the site pinned.
+            federation: The federation that the site joined.
 
         Raises:
             ProtocolError: A record or key is missing, unknown, or of another type or version.
+            SignatureError: The order key did not sign the order, or not this instruction.
+            RefusalError: The order is expired, or of another federation.
         """
         values = _envelope(
             content,
-            {"federation": str, "run-uuid": str, "server-round": int, "task": str},
+            {
+                "order": str,
+                "order-signature": bytes,
+                "server-round": int,
+                "task": str,
+                "signature": bytes,
+            },
         )
-        task = values["task"]
+        order_signature, signature = values["order-signature"], values["signature"]
+        assert isinstance(order_signature, bytes)  # _envelope checked their types
+        assert isinstance(signature, bytes)
+        task, server_round = values["task"], int(values["server-round"])
         if task not in ("train", "val", "test"):
             raise ProtocolError(f"task={task!r}: expected train, val or test")
-        if int(values["server-round"]) < (1 if task == "train" else 0):
-            raise ProtocolError(f"server-round={values['server-round']}: too small for task {task}")
-        return cls(
-            federation=str(values["federation"]),
-            run_uuid=str(values["run-uuid"]),
-            server_round=int(values["server-round"]),
-            task=task,
-            weights=parse(from_record(content)),
-        )
+        order = Order.verify(str(values["order"]), order_signature, key, federation=federation)
+        data = from_record(content)
+        unread = cls(order, server_round, task, {})
+        verify(key, _instruction_document(unread, hash_blob(data)), signature)
+        last = order.run.num_server_rounds
+        if not (1 if task == "train" else 0) <= server_round <= last:
+            raise ProtocolError(f"server-round={server_round}: out of range for task {task}")
+        return replace(unread, weights=parse(data))
 
 
 @dataclass(frozen=True)
@@ -113,6 +147,8 @@ class Reply:
         num_examples: Training examples behind the update, or examples evaluated.
         update: Local minus global weights; empty for evaluations and refusals.
         metrics: Declared keys only.
+        code_sha256: Of the site's installed code.
+        version: Of the site's installed package.
     """
 
     site: str
@@ -127,6 +163,8 @@ class Reply:
     num_examples: int = 0
     update: Arrays = field(default_factory=dict)
     metrics: Mapping[str, MetricValue] = field(default_factory=dict[str, MetricValue])
+    code_sha256: str = field(default_factory=code_sha256)
+    version: str = field(default_factory=version)
 
     def number(self, name: str) -> float:
         """Return a metric that is one number; which ones are is checked on arrival."""
@@ -153,6 +191,8 @@ class Reply:
             "status": self.status,
             "reason": self.reason,
             "num-examples": self.num_examples,
+            "code-sha256": self.code_sha256,
+            "version": self.version,
             "arrays-sha256": arrays_sha256,
             "metrics": dict(self.metrics),
         }
@@ -196,6 +236,8 @@ class Reply:
                 "status": str,
                 "reason": str,
                 "num-examples": int,
+                "code-sha256": str,
+                "version": str,
                 "signature": bytes,
             },
         )
@@ -205,6 +247,8 @@ class Reply:
             raise ProtocolError(f"site={site!r} is not admitted to this federation")
         if status not in ("ok", "refused") or task not in ("train", "val", "test"):
             raise ProtocolError(f"status={status!r} task={task!r} are not known")
+        if not re.fullmatch(CODE_HASH, str(values["code-sha256"])):
+            raise ProtocolError(f"code-sha256={values['code-sha256']!r}: expected 64 hex digits")
         reply = cls(
             site=site,
             federation=str(values["federation"]),
@@ -216,6 +260,8 @@ class Reply:
             reason=str(values["reason"]),
             key_epoch=int(values["key-epoch"]),
             num_examples=int(values["num-examples"]),
+            code_sha256=str(values["code-sha256"]),
+            version=str(values["version"]),
             metrics=_metrics(content, declared_metrics(task, status)),
         )
         assert isinstance(signature, bytes)  # _envelope checked its type
@@ -236,6 +282,17 @@ def declared_metrics(task: str, status: str) -> tuple[str, ...]:
     if task == "train":
         return (*TRAIN_METRICS, *metric_keys("val"))
     return metric_keys(task)
+
+
+def _instruction_document(instruction: Instruction, arrays_sha256: str) -> dict[str, object]:
+    """Return the document whose canonical JSON the order key signs."""
+    return {
+        "schema-version": SCHEMA_VERSION,
+        "order-sha256": instruction.order.sha256,
+        "server-round": instruction.server_round,
+        "task": instruction.task,
+        "arrays-sha256": arrays_sha256,
+    }
 
 
 def _envelope(

@@ -1,0 +1,81 @@
+"""Answers that a site has worked out, kept until they have surely arrived.
+
+A reply can be lost on its way, and a coordinator that was killed asks again for the round it had
+not finished. The site then sends what it has: nothing is trained twice, and nothing is charged
+twice.
+
+Invariant: an answer is written whole before it is sent, under (run_uuid, task, round, hash of the
+global weights); only an undamaged answer to exactly that question is found again. It is signed anew
+for each message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from strategies.arrays import hash_arrays
+from strategies.files import make_folder, write_atomic
+from strategies.identity import canonical
+from strategies.records import Instruction, Reply
+
+log = logging.getLogger(__name__)
+
+KEEP = 4  # training and evaluation of the two rounds that a resumed run may ask for
+SUFFIX = ".safetensors"
+
+
+class Results:
+    """The kept answers of one site."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, instruction: Instruction) -> Reply | None:
+        """Return the answer to this question, without a message id; None where there is none."""
+        path = self._path(instruction)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                update = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            reply = Reply(**json.loads(metadata["reply"]), update=update)
+            if metadata["sha256"] != _digest(reply):
+                raise ValueError("content and hash do not agree")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            log.warning("kept answer not used: %s", error)
+            return None
+        return reply
+
+    def keep(self, instruction: Instruction, reply: Reply) -> None:
+        """Write an answer and drop all but the newest."""
+        make_folder(self.folder, secret=True)
+        kept = replace(reply, message_id="")
+        fields = {name: value for name, value in asdict(kept).items() if name != "update"}
+        metadata = {"reply": json.dumps(fields), "sha256": _digest(kept)}
+        write_atomic(self._path(instruction), save(kept.update, metadata=metadata), mode=0o600)
+        newest = sorted(self.folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
+        for old in newest[:-KEEP]:
+            old.unlink()
+
+    def _path(self, instruction: Instruction) -> Path:
+        question = canonical(
+            {
+                "run-uuid": instruction.run_uuid,
+                "task": instruction.task,
+                "server-round": instruction.server_round,
+                "weights": hash_arrays(instruction.weights),
+            }
+        )
+        return self.folder / f"{hashlib.sha256(question).hexdigest()[:32]}{SUFFIX}"
+
+
+def _digest(reply: Reply) -> str:
+    return hashlib.sha256(canonical(reply.signed_document(hash_arrays(reply.update)))).hexdigest()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -200,3 +201,45 @@ def _resample(
     used = np.flatnonzero(histogram)  # multinomial costs one draw per bin, empty or not
     drawn[:, used] = generator.multinomial(total, histogram[used] / total, size=resamples)
     return drawn
+
+
+def pool(sums: Mapping[str, EvaluationSums], num_classes: int) -> EvaluationSums:
+    """Add the sums of all sites; zeros where there is none."""
+    return sum(sums.values(), start=EvaluationSums.zeros(num_classes))
+
+
+def improves(
+    sums: Mapping[str, EvaluationSums], best: Mapping[str, EvaluationSums], metric: str
+) -> bool:
+    """Say whether validation sums by site are better than those of the best round so far.
+
+    Both are pooled over the sites that judged both: figures with and without one hospital are
+    different quantities. A site that leaves or joins therefore decides nothing by that alone.
+
+    Args:
+        sums: Of the round in question.
+        best: Of the best round; empty when there is none yet.
+        metric: ``strategy.selection-metric``.
+    """
+    common = sums.keys() & best.keys() if best else sums.keys()
+    if not common:
+        return False
+    num_classes = next(iter(sums.values())).num_classes
+    found, before = (
+        selection_value(metrics(pool({s: part[s] for s in common}, num_classes)), metric)
+        if part
+        else -math.inf
+        for part in (sums, best)
+    )
+    return found > before
+
+
+def final_figures(sums: EvaluationSums) -> dict[str, Any]:
+    """Return a set's metrics with the AUC's 95 % interval and the confusion matrix."""
+    low, high = auc_interval(sums) or (None, None)
+    return {
+        **metrics(sums),
+        "auc_low_95": low,
+        "auc_high_95": high,
+        "confusion": sums.confusion.tolist(),
+    }

@@ -23,7 +23,7 @@ from medmamba.model import MedMamba
 from medmamba.scan import is_reproducible
 from medmamba.weights import load_arrays, save, to_arrays
 from server.checkpoint import State, check_shapes, load_checkpoint, save_checkpoint
-from server.metrics import auc_interval, metrics, selection_value, worst_site
+from server.metrics import final_figures, improves, metrics, pool, selection_value, worst_site
 from server.run_directory import CHECKPOINTS, MODEL, RunDirectory
 from strategies.arrays import Arrays
 from strategies.audit import AuditLog
@@ -205,7 +205,7 @@ class _Run:
     def _judge(self, server_round: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """Record validation figures of the current weights and keep them if they are the best."""
         sums = _sums_by_site(outcomes)
-        pooled = metrics(_pool(sums, self.run.model.num_classes))
+        pooled = metrics(pool(sums, self.run.model.num_classes))
         self.directory.append(
             {
                 "type": "evaluation",
@@ -296,7 +296,7 @@ class _Run:
                 "split": "val",
                 "value": abs(selected) if selected is not None else None,
             },
-            "pooled": final_figures(_pool(sums, self.run.model.num_classes)),
+            "pooled": final_figures(pool(sums, self.run.model.num_classes)),
             "sites": sites,
             "worst_site": worst_site({site: _metrics_only(part) for site, part in sites.items()}),
             "not_tested": {o.site: o.reason for o in outcomes if o.status != "ok"},
@@ -310,53 +310,12 @@ class _Run:
         return self.earlier_seconds + time.monotonic() - self.started
 
 
-def improves(
-    sums: Mapping[str, EvaluationSums], best: Mapping[str, EvaluationSums], metric: str
-) -> bool:
-    """Say whether validation sums by site are better than those of the best round so far.
-
-    Both are pooled over the sites that judged both: figures with and without one hospital are
-    different quantities. A site that leaves or joins therefore decides nothing by that alone.
-
-    Args:
-        sums: Of the round in question.
-        best: Of the best round; empty when there is none yet.
-        metric: ``strategy.selection-metric``.
-    """
-    common = sums.keys() & best.keys() if best else sums.keys()
-    if not common:
-        return False
-    num_classes = next(iter(sums.values())).num_classes
-    found, before = (
-        selection_value(metrics(_pool({s: part[s] for s in common}, num_classes)), metric)
-        if part
-        else -math.inf
-        for part in (sums, best)
-    )
-    return found > before
-
-
-def final_figures(sums: EvaluationSums) -> dict[str, Any]:
-    """Return a set's metrics with the AUC's 95 % interval and the confusion matrix."""
-    low, high = auc_interval(sums) or (None, None)
-    return {
-        **metrics(sums),
-        "auc_low_95": low,
-        "auc_high_95": high,
-        "confusion": sums.confusion.tolist(),
-    }
-
-
 def _metrics_only(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in figures.items() if name != "confusion"}
 
 
 def _sums_by_site(outcomes: Sequence[Outcome]) -> dict[str, EvaluationSums]:
     return {o.site: o.sums for o in outcomes if o.sums is not None}
-
-
-def _pool(sums: Mapping[str, EvaluationSums], num_classes: int) -> EvaluationSums:
-    return sum(sums.values(), start=EvaluationSums.zeros(num_classes))
 
 
 def _model(run: RunConfig) -> MedMamba:

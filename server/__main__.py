@@ -1,29 +1,33 @@
 """The coordinator's command line: ``python -m server``.
 
-``superlink`` starts Flower's hub, ``run`` trains. Only parsing and one call each; the work is in
-the modules beside this one, imported when needed so that ``--help`` answers at once.
+``init`` makes a federation, ``admit`` and ``revoke`` say who is in it, ``superlink`` starts
+Flower's hub, ``run`` trains, ``status`` and ``audit`` look. Only parsing and one call each; the
+work is in the modules beside this one, imported when needed so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import secrets
-import shlex
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from strategies import cli
 from strategies.errors import ConfigError
 
-SECRET, DATABASE = "superlink.secret", "superlink.sqlite"
+if TYPE_CHECKING:
+    from server.federation import Federation
+
+STATE_DIR = Path("state/server")
 
 EXAMPLES = """examples:
-  python -m server superlink --insecure
-  python -m server run --insecure --site-keys keys --output runs/first \\
-      --set num-server-rounds=2 --set model.size=nano
+  python -m server init --demo                            three sites on this machine
+  python -m server init --name lungs --address hub.example.org:443
+  python -m server admit A.enroll.json                    let hospital A take part
+  python -m server superlink                              connect the sites
+  python -m server run --output runs/first --set model.size=nano
+  python -m server status                                 who is there, how far the run is
 """
 
 
@@ -34,48 +38,97 @@ def parser() -> cli.Parser:
     common.add_argument(
         "--state-dir",
         type=Path,
-        default=Path("state/server"),
+        default=STATE_DIR,
         metavar="DIR",
-        help="the coordinator's secret and database (default: state/server)",
+        help=f"the coordinator's folder: keys, sites, database (default: {STATE_DIR})",
     )
-    common.add_argument(
-        "--port", type=int, default=8000, help="flower-superlink's port (default: 8000)"
-    )
-    common.add_argument(
-        "--insecure", action="store_true", default=False,
-        help="no TLS; for sites on this machine only (loopback)",
-    )  # fmt: skip
     main = cli.Parser(
         prog="python -m server",
-        description="The coordinator: connects the sites and hosts a run.",
+        description="The coordinator: admits and connects the sites and hosts a run.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = main.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    superlink = commands.add_parser(
-        "superlink",
-        parents=[common],
-        help="start flower-superlink as this project needs it",
-        description="Start flower-superlink: it passes messages and executes nothing.",
-        epilog="example: python -m server superlink --insecure",
+    _add_init(commands, common)
+    admit = _add(commands, common, "admit", "let a site take part", "A.enroll.json --fingerprint F")
+    admit.add_argument("file", type=Path, metavar="FILE", help="the site's NAME.enroll.json")
+    admit.add_argument(
+        "--fingerprint",
+        default="",
+        metavar="F",
+        help="the site's fingerprint as told by telephone; another one is refused",
     )
+    admit.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="what to send back to the site (default: NAME.join.json beside its file)",
+    )
+    revoke = _add(commands, common, "revoke", "take a site out, from its next message on", "A")
+    revoke.add_argument("site", metavar="SITE", help="the site's name")
+    superlink = _add(commands, common, "superlink", "start flower-superlink, hardened", "--print")
     superlink.add_argument(
         "--print", action="store_true", help="print the command line instead of running it"
     )
-    run = commands.add_parser(
-        "run",
+    superlink.add_argument(
+        "--executor",
+        action="store_true",
+        help="also execute what `flwr run . hospitals` submits from this machine",
+    )
+    _add_run(commands, common)
+    status = _add(commands, common, "status", "show the sites and the run's progress", "--json")
+    status.add_argument("--json", action="store_true", help="one JSON object, for machines")
+    audit = _add(commands, common, "audit", "look at the coordinator's audit log", "--verify")
+    audit.add_argument("--verify", action="store_true", help="check the hash chain")
+    return main
+
+
+def _add(
+    commands: Any, common: cli.Parser, name: str, text: str, example: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
         parents=[common],
-        help="train with the connected sites",
-        description="Host a run in the foreground and write its directory.",
-        epilog="example: python -m server run --insecure --site-keys keys --output runs/first",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"example: python -m server {name} {example}",
     )
-    run.add_argument(
-        "--site-keys", type=Path, metavar="DIR", help="folder with the admitted sites' NAME.pub"
+
+
+def _add_init(commands: Any, common: cli.Parser) -> None:
+    init = _add(
+        commands,
+        common,
+        "init",
+        "make a federation, or show the one there is",
+        "--name lungs --address hub.example.org:443",
     )
-    run.add_argument(
-        "--federation", default="federation", metavar="WORD",
-        help="the word all sites share (default: federation)",
-    )  # fmt: skip
+    init.add_argument("--name", metavar="WORD", help="for people (default: federation)")
+    init.add_argument("--address", metavar="HOST:PORT", help="where sites connect")
+    init.add_argument(
+        "--san",
+        action="append",
+        default=[],
+        metavar="NAME",
+        dest="sans",
+        help="another name or address of that host, for the certificate; may be repeated",
+    )
+    init.add_argument(
+        "--port", type=int, metavar="N", help="flower-superlink's, on loopback (default: 8000)"
+    )
+    init.add_argument(
+        "--min-cohort", type=int, metavar="N", help="fewest sites of any run (default: 2)"
+    )
+    init.add_argument(
+        "--renew", action="store_true", help="issue a new certificate from the same authority"
+    )
+    init.add_argument(
+        "--demo", action="store_true", help="a federation of three sites on this machine"
+    )
+
+
+def _add_run(commands: Any, common: cli.Parser) -> None:
+    run = _add(commands, common, "run", "train with the connected sites", "--output runs/first")
     run.add_argument("--run-config", type=Path, metavar="FILE", help="TOML with run settings")
     run.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments",
@@ -83,64 +136,144 @@ def parser() -> cli.Parser:
     )  # fmt: skip
     run.add_argument("--output", type=Path, metavar="DIR", help="new run directory")
     run.add_argument("--resume", type=Path, metavar="DIR", help="continue an interrupted run")
-    return main
 
 
 def command(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code."""
     options = parser().parse_args(arguments)
-    if not options.insecure:
+    if options.command == "init":
+        return _init(options)
+    from server.federation import Federation
+
+    federation = Federation.open(options.state_dir)
+    _warn(federation)
+    actions = {
+        "admit": _admit,
+        "revoke": _revoke,
+        "superlink": _superlink,
+        "run": _run,
+        "status": _status,
+        "audit": _audit,
+    }
+    return actions[options.command](federation, options)
+
+
+def _init(options: argparse.Namespace) -> int:
+    from server.federation import Federation
+    from server.provisioning import InitOptions, initialise
+
+    if options.demo:
+        return _demo(options)
+    told = initialise(
+        options.state_dir,
+        InitOptions(
+            name=options.name,
+            address=options.address,
+            port=options.port,
+            min_cohort=options.min_cohort,
+            sans=options.sans,
+            renew=options.renew,
+        ),
+    )
+    _warn(Federation.open(options.state_dir))
+    print(told)
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from server.demo import demonstrate
+
+    given = [
+        name
+        for name in ("name", "address", "sans", "min_cohort", "renew")
+        if getattr(options, name)
+    ]
+    if given:
         raise ConfigError(
-            f"{options.command} without --insecure needs TLS, which this version does not set up",
-            hint="with all sites on this machine add --insecure",
+            f"--demo with --{given[0].replace('_', '-').replace('sans', 'san')}: the demo decides "
+            "that itself",
+            hint="--demo takes --port and --state-dir alone",
         )
-    if not 0 < options.port < 65536:
-        raise ConfigError(f"--port {options.port}: expected 1 to 65535")
-    return _superlink(options) if options.command == "superlink" else _run(options)
+    typed = options.state_dir != STATE_DIR
+    words = ["--state-dir", str(options.state_dir)] if typed else []
+    print(demonstrate(options.state_dir, options.port, words))
+    return 0
 
 
-def _superlink(options: argparse.Namespace) -> int:
-    from server.flower_runtime import superlink_command
-    from strategies.files import make_folder, write_atomic
+def _admit(federation: Federation, options: argparse.Namespace) -> int:
+    from server.provisioning import admit, tell_superlink
 
-    state: Path = options.state_dir
-    make_folder(state, secret=True)
-    secret = state / SECRET
-    if not secret.exists():
-        write_atomic(secret, secrets.token_bytes(32), mode=0o600)
-    words = superlink_command(port=options.port, secret_file=secret, database=state / DATABASE)
+    print(admit(federation, options.file, options.fingerprint, options.output), flush=True)
+    print(tell_superlink(federation))
+    return 0
+
+
+def _revoke(federation: Federation, options: argparse.Namespace) -> int:
+    from server.provisioning import revoke, tell_superlink
+
+    print(revoke(federation, options.site), flush=True)
+    print(tell_superlink(federation))
+    return 0
+
+
+def _superlink(federation: Federation, options: argparse.Namespace) -> int:
+    from server.gateway import needs_gateway, write_nginx_configuration
+    from server.superlink import described, serve
+
+    federation.certificates().require_valid()
+    if needs_gateway(federation):
+        path = write_nginx_configuration(federation)
+        print(f"gateway: nginx -e stderr -c {path}", file=sys.stderr)
     if options.print:
-        print(shlex.join(words))
+        print(described(federation, executor=options.executor))
         return 0
-    if not Path(words[0]).exists():
-        raise ConfigError("flower-superlink is not installed beside this Python")
-    os.environ["FLWR_HOME"] = str((state / "flower").resolve())
-    sys.stdout.flush()
-    return os.execv(words[0], words)
+    return serve(federation, executor=options.executor)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(federation: Federation, options: argparse.Namespace) -> int:
     from server.command import Request, run
 
     if (options.output is None) == (options.resume is None):
         raise ConfigError(
             "give either --output (a new run) or --resume (an interrupted one)",
-            hint="python -m server run --insecure --site-keys keys --output runs/first",
+            hint="python -m server run --output runs/first",
         )
-    if options.site_keys is None:
-        raise ConfigError("--site-keys is missing", hint="the folder with each site's NAME.pub")
-    request = Request(
-        address=f"127.0.0.1:{options.port}",
-        secret_file=options.state_dir / SECRET,
-        site_keys=options.site_keys,
-        federation=options.federation,
-        run_config=options.run_config,
-        assignments=options.assignments,
-        output=options.output,
-        resume=options.resume,
-        run_uuid=uuid.uuid4().hex,
+    federation.certificates().require_valid()
+    return run(
+        Request(
+            federation=federation,
+            run_config=options.run_config,
+            assignments=options.assignments,
+            output=options.output,
+            resume=options.resume,
+        )
     )
-    return run(request)
+
+
+def _status(federation: Federation, options: argparse.Namespace) -> int:
+    from server.status import status
+
+    return status(federation, options.json)
+
+
+def _audit(federation: Federation, options: argparse.Namespace) -> int:
+    log = federation.audit
+    if options.verify or not log.path.exists():  # one that is missing is an error, too
+        entries, head = log.verify()
+        print(f"audit log intact entries={entries} head={head}")
+    else:
+        print(log.path.read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _warn(federation: Federation) -> None:
+    """Say which certificate needs attention; damaged ones stop the commands that need them."""
+    try:
+        warnings = federation.certificates().warnings()
+    except ConfigError as error:
+        warnings = [str(error)]
+    for line in warnings:
+        print(f"warning: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

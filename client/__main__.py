@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from client.site_config import SiteConfig
 
 EXAMPLES = """examples:
-  python -m client init --site A             make the site's file and signing key
-  python -m client --site A --insecure       connect to a coordinator on this machine and train
-  python -m client audit --site A --verify   check the tamper-evident log
+  python -m client init --site A               make the site's file, keys and enrolment request
+  python -m client join A.join.json --site A   take what the coordinator sent back
+  python -m client check --site A              try everything that the site needs
+  python -m client --site A                    connect and train when asked
+  python -m client audit --site A --verify     check the tamper-evident log
 """
 
 
@@ -45,18 +47,43 @@ def parser() -> cli.Parser:
         parents=[common],
     )
     main.add_argument(
-        "--insecure",
+        "--print-systemd",
         action="store_true",
-        help="connect without TLS; refused unless the coordinator is on this machine (loopback)",
+        help="print a systemd unit for the site's node instead of running it",
     )
     commands = main.add_subparsers(dest="command", metavar="COMMAND")
     init = _add(
-        commands, "init", [common], "make the site's file, signing key and public key", "--site A"
+        commands,
+        "init",
+        [common],
+        "make the site's file, keys and enrolment request",
+        "--site A",
     )
     init.add_argument(
         "--allow-unprotected",
         action="store_true",
         help="write a file that admits runs without differential privacy and encryption",
+    )
+    join = _add(
+        commands,
+        "join",
+        [common],
+        "take the join document that the coordinator sent",
+        "A.join.json --site A",
+    )
+    join.add_argument("file", type=Path, metavar="FILE", help="the coordinator's NAME.join.json")
+    join.add_argument(
+        "--fingerprint",
+        default="",
+        metavar="F",
+        help="the coordinator's fingerprint as told by telephone; another one is refused",
+    )
+    _add(
+        commands,
+        "check",
+        [common],
+        "try everything that the site needs, one line each; exit code 1 if any fails",
+        "--site A",
     )
     audit = _add(commands, "audit", [common], "look at the site's audit log", "--site A --verify")
     audit.add_argument("--verify", action="store_true", help="check the hash chain")
@@ -84,11 +111,19 @@ def command(arguments: Sequence[str]) -> int:
     from client.site_config import site_file
 
     path = site_file(site, getattr(options, "config", None))
+    if options.print_systemd and options.command:
+        raise ConfigError(f"--print-systemd goes without {options.command}")
     if options.command == "init":
         return _init(site, path, unprotected=options.allow_unprotected)
+    if options.command == "join":
+        return _join(site, path, options.file, options.fingerprint)
+    if options.command == "check":
+        return _check(site, path)
     if options.command == "audit":
         return _audit(site, path, verify=options.verify)
-    return _run(site, path, insecure=options.insecure)
+    if options.print_systemd:
+        return _print_systemd(site, path)
+    return _run(site, path)
 
 
 def _init(site: str, path: Path, *, unprotected: bool) -> int:
@@ -98,11 +133,35 @@ def _init(site: str, path: Path, *, unprotected: bool) -> int:
     return 0
 
 
+def _join(site: str, path: Path, file: Path, fingerprint: str) -> int:
+    from client.membership import join
+
+    print(join(_config(site, path), file, fingerprint))
+    return 0
+
+
+def _check(site: str, path: Path) -> int:
+    from client.check import findings
+
+    failed = False
+    for finding in findings(_config(site, path)):
+        print(finding, flush=True)  # each as it comes: reading images takes a while
+        failed = failed or finding.level == "FAIL"
+    return 1 if failed else 0
+
+
+def _print_systemd(site: str, path: Path) -> int:
+    from client.systemd import unit
+
+    print(unit(_config(site, path), path), end="")
+    return 0
+
+
 def _audit(site: str, path: Path, *, verify: bool) -> int:
-    from client.site_config import read_site_config
+    from client.site_config import AUDIT_LOG
     from strategies.audit import AuditLog
 
-    log = AuditLog(_named(read_site_config(path), site).state_dir / "audit.jsonl")
+    log = AuditLog(_config(site, path).state_dir / AUDIT_LOG)
     if verify:
         entries, head = log.verify()
         print(f"audit log intact entries={entries} head={head}")
@@ -113,22 +172,11 @@ def _audit(site: str, path: Path, *, verify: bool) -> int:
     return 0
 
 
-def _run(site: str, path: Path, *, insecure: bool) -> int:
-    from client.site_config import is_loopback, read_site_config
+def _run(site: str, path: Path) -> int:
+    from client.membership import read_membership
 
-    config = _named(read_site_config(path), site)
-    if not insecure:
-        raise ConfigError(
-            f"superlink={config.superlink} without --insecure needs TLS, which this version "
-            "does not set up",
-            hint="on this machine (loopback) add --insecure",
-        )
-    if not is_loopback(config.superlink):
-        raise ConfigError(
-            f"--insecure with superlink={config.superlink}: refused, updates would cross the "
-            "network in the clear",
-            hint="--insecure is for 127.0.0.1, ::1 and localhost only",
-        )
+    config = _config(site, path)
+    membership = read_membership(config)
     import torch
 
     from client.data.registry import load
@@ -138,7 +186,7 @@ def _run(site: str, path: Path, *, insecure: bool) -> int:
 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    runtime = Site(config, lambda: load(config.data, [site]))
+    runtime = Site(config, lambda: load(config.data, [site]), membership)
     # What can fail is tried before anybody relies on this site: key, log, data, device, scan.
     fingerprint = runtime.key_fingerprint
     runtime.audit.verify()
@@ -146,14 +194,19 @@ def _run(site: str, path: Path, *, insecure: bool) -> int:
     print(
         f"site={site} dataset={config.run_dataset} training_examples={counts.sum()} "
         f"device={runtime.device.type} scan_backend={active_backend(runtime.device)} "
-        f"public_key={fingerprint}"
+        f"public_key={fingerprint} superlink={membership.address} "
+        f"federation={cli.one_line(membership.name, 80)}",
+        flush=True,
     )
     run_node(runtime)
     return 0
 
 
-def _named(config: SiteConfig, site: str) -> SiteConfig:
-    """Refuse a file that belongs to another site."""
+def _config(site: str, path: Path) -> SiteConfig:
+    """Read a site's file and refuse one that belongs to another site."""
+    from client.site_config import read_site_config
+
+    config = read_site_config(path)
     if config.site != site:
         raise ConfigError(
             f"--site {site} but the file says site={config.site}",

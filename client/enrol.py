@@ -1,6 +1,8 @@
-"""``python -m client init``: a site's first files, made at the site.
+"""``python -m client init``: a site's file, its keys and its enrolment request, made at the site.
 
-Invariant: nothing that exists is overwritten, and the private key never leaves the state folder.
+Invariant: nothing that exists is overwritten, and no private key leaves the state folder. Keys are
+made together or not at all: one that is missing beside the others was lost, and a new one in its
+place would be a stranger to the coordinator.
 """
 
 from __future__ import annotations
@@ -8,23 +10,38 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from client.site import AUDIT_LOG, SIGNING_KEY
-from client.site_config import NAME_PATTERN, read_site_config
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+from client.membership import JOIN_FILE
+from client.site_config import (
+    AUDIT_LOG,
+    NODE_KEY,
+    SIGNING_KEY,
+    WRAP_KEY,
+    SiteConfig,
+    read_site_config,
+)
 from strategies.audit import AuditLog
-from strategies.errors import ConfigError
+from strategies.enrolment import SITE_NAME, EnrolmentRequest
+from strategies.errors import ConfigError, SignatureError
 from strategies.files import make_folder, write_atomic
 from strategies.identity import (
-    PUBLIC_KEY_SUFFIX,
+    create_node_key,
     create_signing_key,
+    create_wrap_key,
     fingerprint,
-    write_public_key,
+    load_node_key,
+    load_signing_key,
+    load_wrap_key,
 )
 
 TEMPLATE = Path(__file__).parent / "sites" / "example.toml"
+REQUEST_SUFFIX = ".enroll.json"
+KEYS = (NODE_KEY, SIGNING_KEY, WRAP_KEY)
 
 
 def initialise(site: str, path: Path, *, unprotected: bool = False) -> str:
-    """Write the site's file (from the template) and its keys, where they are missing.
+    """Write the site's file (from the template), its keys and its request, where they are missing.
 
     Args:
         site: The site's name.
@@ -36,10 +53,10 @@ def initialise(site: str, path: Path, *, unprotected: bool = False) -> str:
         What to tell the person: which files, the fingerprint, and what to do next.
 
     Raises:
-        ConfigError: The name is not usable, the existing file belongs to another site, or the
-            private key of an existing public key is gone.
+        ConfigError: The name is not usable, the existing file belongs to another site, a private
+            key is missing beside the others, or the request is not of these keys.
     """
-    if not re.fullmatch(NAME_PATTERN, site):
+    if not re.fullmatch(SITE_NAME, site):
         raise ConfigError(
             f"--site {site!r}: expected letters, digits and hyphens, at most 32 of them"
         )
@@ -57,25 +74,79 @@ def initialise(site: str, path: Path, *, unprotected: bool = False) -> str:
     config = read_site_config(path)
     if config.site != site:
         raise ConfigError(f"--site {site} but {path.name} says site={config.site}")
-    make_folder(config.state_dir, secret=True)
-    private_path = config.state_dir / SIGNING_KEY
-    public_path = config.state_dir / f"{site}{PUBLIC_KEY_SUFFIX}"
-    if public_path.exists() and not private_path.exists():
-        raise ConfigError(
-            f"{public_path} exists but {SIGNING_KEY} beside it is gone",
-            hint=f"restore it from a backup, or remove {public_path.name} and enrol anew",
+    _make_keys(config)
+    request_path = config.state_dir / f"{site}{REQUEST_SUFFIX}"
+    if not request_path.exists():
+        request = EnrolmentRequest.create(
+            site,
+            signing_key=load_signing_key(config.state_dir / SIGNING_KEY),
+            node_key=load_node_key(config.state_dir / NODE_KEY),
+            wrap_key=load_wrap_key(config.state_dir / WRAP_KEY),
         )
-    if not private_path.exists():
-        # Only with a new key: a log that has gone since is for a person to explain.
-        AuditLog(config.state_dir / AUDIT_LOG).create()
-    public = create_signing_key(private_path).public_key()
-    write_public_key(public_path, public)
+        write_atomic(request_path, request.to_json())
     return "\n".join(
         [
             f"site file    {path}",
-            f"public key   {public_path}",
-            f"fingerprint  {fingerprint(public)}",
-            "Edit the site file, send the public key to the coordinator, and compare the "
-            "fingerprint by telephone.",
+            f"request      {request_path}",
+            f"fingerprint  {read_request(config).fingerprint}",
+            "Edit the site file, send the request to the coordinator, and compare the fingerprint "
+            "by telephone.",
+            f"With the file they send back: python -m client join FILE --site {site}",
         ]
     )
+
+
+def read_request(config: SiteConfig) -> EnrolmentRequest:
+    """Read the site's enrolment request and check it against the private keys beside it.
+
+    Raises:
+        ConfigError: The request or a key is missing or unreadable, or they do not belong together.
+    """
+    path = config.state_dir / f"{config.site}{REQUEST_SUFFIX}"
+    hint = f"remove {path.name} and run `python -m client init --site {config.site}` again"
+    try:
+        request = EnrolmentRequest.parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path.name} cannot be read ({error.strerror})", hint=hint) from error
+    except (ConfigError, SignatureError, UnicodeDecodeError) as error:
+        reason = "not text" if isinstance(error, UnicodeDecodeError) else error
+        raise ConfigError(f"{path.name}: {reason}", hint=hint) from None
+    if request.site != config.site:
+        raise ConfigError(f"{path.name} is of site={request.site}; expected site={config.site}")
+    own = {
+        SIGNING_KEY: load_signing_key(config.state_dir / SIGNING_KEY).public_key(),
+        WRAP_KEY: load_wrap_key(config.state_dir / WRAP_KEY).public_key(),
+        NODE_KEY: load_node_key(config.state_dir / NODE_KEY).public_key(),
+    }
+    asked = {
+        SIGNING_KEY: request.signing_key,
+        WRAP_KEY: request.wrap_key,
+        NODE_KEY: load_ssh_public_key(request.node_public_key.encode()),
+    }
+    for name in KEYS:
+        if own[name] != asked[name]:
+            raise ConfigError(f"{path.name} is not of the {name} beside it", hint=hint)
+    return request
+
+
+def _make_keys(config: SiteConfig) -> None:
+    state_dir = config.state_dir
+    make_folder(state_dir, secret=True)
+    missing = [name for name in KEYS if not (state_dir / name).exists()]
+    if not missing:
+        return
+    traces = [*KEYS, f"{config.site}{REQUEST_SUFFIX}", JOIN_FILE]
+    found = [name for name in traces if (state_dir / name).exists()]
+    if found:
+        raise ConfigError(
+            f"{', '.join(missing)} missing in {state_dir} beside {', '.join(found)}",
+            hint=f"restore from a backup, or remove {', '.join(found)} and enrol anew with the "
+            "coordinator",
+        )
+    log = AuditLog(state_dir / AUDIT_LOG)
+    # Only with new keys: a log that has gone since is for a person to explain.
+    log.create()
+    create_node_key(state_dir / NODE_KEY)
+    signing_key = create_signing_key(state_dir / SIGNING_KEY)
+    create_wrap_key(state_dir / WRAP_KEY)
+    log.append("keys-created", fingerprint=fingerprint(signing_key.public_key()))

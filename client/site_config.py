@@ -7,8 +7,8 @@ run without differential privacy and encryption.
 
 from __future__ import annotations
 
-import ipaddress
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,11 +17,20 @@ from pydantic import Field, ValidationError, field_validator
 
 from client.data.source import DataSource
 from strategies.cli import nearest
+from strategies.enrolment import SiteName
 from strategies.errors import ConfigError
 from strategies.run_config import Section, explain
 
 SITES_VARIABLE = "FEDERATION_SITES"
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9-]{0,31}$"
+# In the site's state folder.
+SIGNING_KEY, NODE_KEY, WRAP_KEY = "signing.key", "node.key", "wrap.key"
+AUDIT_LOG = "audit.jsonl"
+RESULTS = "results"
+
+# A name, an IPv4 or a bracketed IPv6 address; nothing that could be an option or end a line.
+ADDRESS = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9._-]*):([0-9]{1,5})"
+
+CodeHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Limits(Section):
@@ -57,14 +66,31 @@ class Limits(Section):
         default=128 * 128,
         description="most positions of the first stage, (image-size / patch-size) squared",
     )
+    max_round_seconds: Annotated[int, Field(gt=0)] = Field(
+        default=21_600, description="longest a round may work here; training stops at its next step"
+    )
+    min_cohort: Annotated[int, Field(gt=0)] = Field(
+        default=2, description="fewest sites a run may name; in a cohort of one, the sum is yours"
+    )
+    allowed_code: tuple[CodeHash, ...] = Field(
+        default=(),
+        strict=False,
+        description="SHA-256 of the code that a run's coordinator may have; empty: any",
+    )
 
 
 class SiteConfig(Section):
     """One hospital's file."""
 
-    site: str = Field(pattern=NAME_PATTERN, description="name, as the coordinator knows it")
-    federation: str = Field(default="federation", min_length=1, description="name all sites share")
-    superlink: str = Field(default="127.0.0.1:8000", description="coordinator's address, host:port")
+    site: SiteName = Field(description="name, as the coordinator knows it")
+    superlink: str = Field(
+        default="",
+        description="coordinator's address, host:port, where it is another one from here; empty: "
+        "the one in the coordinator's join document",
+    )
+    reconnect_seconds: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="how long to try to reconnect before giving up; 0: for ever"
+    )
     state_dir: Path = Field(
         default=Path("state"), strict=False, description="keys, audit log; relative to this file"
     )
@@ -82,18 +108,23 @@ class SiteConfig(Section):
 
     @field_validator("superlink")
     @classmethod
-    def _host_and_port(cls, value: str) -> str:
-        host, separator, port = value.rpartition(":")
-        if "/" in value:
-            raise ValueError("expected host:port without http:// or a path")
-        if not (separator and host and port.isdecimal() and 0 < int(port) < 65536):
-            raise ValueError("expected host:port, such as 127.0.0.1:8000")
-        return value
+    def _address(cls, value: str) -> str:
+        return value and check_address(value)
 
     @property
     def run_dataset(self) -> str:
         """The ``dataset`` of the runs this site takes part in."""
         return self.task or self.data.dataset
+
+
+def check_address(value: str) -> str:
+    """Return ``host:port`` as it is, or raise a ``ValueError`` that says what an address is."""
+    if "/" in value:
+        raise ValueError("expected host:port without https:// or a path")
+    match = re.fullmatch(ADDRESS, value)
+    if not (match and 0 < int(match[2]) < 65536):
+        raise ValueError("expected host:port, such as hub.example:443")
+    return value
 
 
 def read_site_config(path: Path) -> SiteConfig:
@@ -143,17 +174,6 @@ def site_file(site: str, config: Path | None) -> Path:
         return config
     folder = os.environ.get(SITES_VARIABLE)
     return (Path(folder) if folder else Path(__file__).parent / "sites") / f"{site}.toml"
-
-
-def is_loopback(address: str) -> bool:
-    """Say whether ``host:port`` cannot leave this machine."""
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _reject_unknown(values: dict[str, Any], path: Path) -> None:

@@ -9,10 +9,13 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from flwr.app import RecordDict
 
 from client.membership import Membership
+from strategies.arrays import from_record, parse
 from strategies.enrolment import EnrolmentRequest, FederationPolicy, JoinDocument
 from strategies.orders import Order, RunManifest
+from strategies.records import ENVELOPE, Instruction
 from strategies.run_config import RunConfig
 
 FEDERATION = "lung-1a2b"
@@ -43,6 +46,19 @@ def order(
 ) -> Order:
     """An order as ``python -m server run`` issues it, with fields of its manifest changed."""
     return Order.issue(key, manifest(run, sites=sites, **changes))
+
+
+def unverified(content: RecordDict) -> Instruction:
+    """What an instruction says, whoever signed it: for links that do not know the order key."""
+    envelope = dict(content.config_records[ENVELOPE])
+    found = RunManifest.model_validate_json(envelope["order"])
+    run = RunConfig.parse(found.run_config)
+    return Instruction(
+        Order(found, run, envelope["order"], envelope["order-signature"]),
+        envelope["server-round"],
+        envelope["task"],
+        parse(from_record(content)),
+    )
 
 
 def membership(

@@ -5,22 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Message, RecordDict
 
+from fakes.orders import ORDER_KEY, order, unverified
 from simulation.grid import LocalGrid
 from strategies.arrays import Arrays
+from strategies.audit import AuditLog
+from strategies.base import SiteKeys
 from strategies.evaluation import EvaluationSums
 from strategies.fedavg import FedAvg
-from strategies.records import Instruction, Reply
+from strategies.records import Reply
 from strategies.run_config import RunConfig
 
 SITES = ("A", "B", "C")
 PRIVATE = {site: Ed25519PrivateKey.generate() for site in SITES}
 KEYS = {site: key.public_key() for site, key in PRIVATE.items()}
 NODES = {11: "A", 12: "B", 13: "C"}
+NODE_OF = {site: node for node, site in NODES.items()}
 CAP = 1000
 
 NUM_EXAMPLES = {"A": 10, "B": 300, "C": 7}
@@ -48,7 +53,7 @@ def sums(site: str, num_examples: int = 5) -> EvaluationSums:
 
 def good(site: str, message: Message, **changes) -> Reply:
     """The reply of a site that works."""
-    instruction = Instruction.from_content(message.content)
+    instruction = unverified(message.content)
     train = instruction.task == "train"
     numbers = {
         "train-loss": 0.5,
@@ -102,8 +107,11 @@ class Sites(LocalGrid):
 
     Args:
         answers: Site to what it answers, content or a whole message; the others work.
-        nodes: Node id to site.
+        nodes: Node id to the name that it is registered under.
         delays: Site to seconds before its reply arrives.
+
+    Attributes:
+        instructions: All that were sent, in order.
     """
 
     def __init__(
@@ -117,9 +125,21 @@ class Sites(LocalGrid):
         self._due: dict[str, float] = {}
         self.instructions: list[Message] = []
 
+    def push_messages(self, messages):
+        messages = list(messages)
+        message_ids = super().push_messages(messages)
+        for key, message in zip(message_ids, messages, strict=True):
+            self.instructions.append(message)
+            delay = self._delays.get(self._sites[message.metadata.dst_node_id], 0)
+            self._due[key] = time.monotonic() + delay
+        return message_ids
+
+    def pull_messages(self, message_ids):
+        return super().pull_messages(
+            key for key in message_ids if time.monotonic() >= self._due[key]
+        )
+
     def _link(self, site: str, message: Message):
-        self.instructions.append(message)
-        self._due[message.metadata.message_id] = time.monotonic() + self._delays.get(site, 0)
         return "lose" if self._answers.get(site) is silent else "deliver"
 
     def _answer(self, message: Message, context) -> Message:
@@ -127,14 +147,30 @@ class Sites(LocalGrid):
         answer = self._answers.get(site, signed)(site, message)
         return answer if isinstance(answer, Message) else Message(answer, reply_to=message)
 
-    def pull_messages(self, message_ids):
-        return super().pull_messages(
-            key for key in message_ids if time.monotonic() >= self._due[key]
-        )
+
+class Entries(AuditLog):
+    """An audit log that forgets when the test ends."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("audit.jsonl"))
+        self.entries: list[dict] = []
+
+    def append(self, event, **fields):
+        self.entries.append({"event": event, **fields})
+        return ""
 
 
-def strategy(kind=FedAvg, *, sites=SITES, **settings) -> FedAvg:
+def strategy(
+    kind=FedAvg,
+    *,
+    sites=SITES,
+    admitted: Callable[[], SiteKeys] = lambda: KEYS,
+    audit: AuditLog | None = None,
+    **settings,
+) -> FedAvg:
+    """A strategy whose order names ``sites``; ``admitted`` says whose keys are known."""
     values = {
+        "num-server-rounds": 5,
         "strategy.min-sites": 2,
         "strategy.max-num-examples": CAP,
         "strategy.round-timeout-seconds": 30.0,
@@ -142,21 +178,22 @@ def strategy(kind=FedAvg, *, sites=SITES, **settings) -> FedAvg:
         **{f"strategy.{key.replace('_', '-')}": value for key, value in settings.items()},
     }
     return kind(
-        RunConfig.parse(values),
-        federation="lung",
-        run_uuid="a1b2",
-        site_keys={site: KEYS[site] for site in sites},
+        order(RunConfig.parse(values), sites=sites),
+        order_key=ORDER_KEY,
+        sites=admitted,
+        audit=Entries() if audit is None else audit,
     )
 
 
 def mean_by_hand(sites) -> Arrays:
+    """McMahan's sum in exact arithmetic but for one rounding of each product and sum."""
     total = sum(NUM_EXAMPLES[site] for site in sites)
     result = {}
     for name, value in weights().items():
-        moved = value.astype(np.float64)
+        moved = np.zeros(value.shape)
         for site in sorted(sites):
-            moved = moved + NUM_EXAMPLES[site] / total * update(site)[name].astype(np.float64)
-        result[name] = moved.astype(np.float32)
+            moved = moved + NUM_EXAMPLES[site] * update(site)[name].astype(np.float64)
+        result[name] = (value.astype(np.float64) + moved / total).astype(np.float32)
     return result
 
 

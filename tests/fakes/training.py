@@ -11,6 +11,7 @@ import torch
 from client.data.manifest import SPLITS, Example, ImageDataset, Manifest
 from client.site import Site
 from client.site_config import SiteConfig
+from fakes.orders import membership
 from medmamba.model import MedMamba
 from medmamba.weights import to_arrays
 from strategies.arrays import Arrays
@@ -52,7 +53,7 @@ def site_in(folder: Path, name: str = "A", dataset: ImageDataset | None = None) 
     config = SiteConfig.model_validate(
         {"site": name, "state-dir": str(folder / name), "device": "cpu", "data": {}}
     )
-    return Site(config, lambda: make_dataset() if dataset is None else dataset)
+    return Site(config, lambda: make_dataset() if dataset is None else dataset, membership(name))
 
 
 def initial(run: RunConfig, seed: int = 1) -> Arrays:

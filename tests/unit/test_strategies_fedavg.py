@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from fractions import Fraction
 from typing import get_args
 
@@ -10,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fakes.sites import strategy
 from strategies.arrays import Arrays
-from strategies.base import Strategy, weighted_mean_update
+from strategies.base import Strategy
 from strategies.fedavg import FedAvg
 from strategies.fedprox import FedProx
 from strategies.records import Reply
 from strategies.registry import STRATEGIES
-from strategies.run_config import RunConfig, StrategySection
+from strategies.run_config import StrategySection
 
 
 def reply(site: str, num_examples: int, update: Arrays) -> Reply:
@@ -33,14 +35,15 @@ def reply(site: str, num_examples: int, update: Arrays) -> Reply:
 
 
 def make(kind: type[Strategy]) -> Strategy:
-    config = RunConfig.parse(
-        {
-            "strategy.name": kind.name,
-            "strategy.min-sites": 1,
-            "strategy.proximal-mu": 0.1 if kind is FedProx else 0.0,
-        }
-    )
-    return kind(config, federation="lung", run_uuid="a1b2", site_keys={"A": None})
+    mu = 0.1 if kind is FedProx else 0.0
+    return strategy(kind, sites="A", name=kind.name, min_sites=1, proximal_mu=mu)
+
+
+def aggregate(weights: Arrays, replies: list[Reply], kind: type[Strategy] = FedAvg) -> Arrays:
+    aggregation = make(kind).aggregation(weights)
+    for one in replies:
+        aggregation.add(one)
+    return aggregation.result()
 
 
 @st.composite
@@ -65,7 +68,7 @@ def test_a_hand_made_mean():
         reply("A", 1, {"w": np.array([4.0, 0.0], np.float32)}),
         reply("B", 3, {"w": np.array([0.0, -4.0], np.float32)}),
     ]
-    found = make(FedAvg).aggregate(weights, replies)
+    found = aggregate(weights, replies)
     assert found["w"].tolist() == [2.0, -1.0]
     assert found["w"].dtype == np.float32
     assert weights["w"].tolist() == [1.0, 2.0]
@@ -76,13 +79,43 @@ def test_the_sum_is_rounded_once_and_not_at_every_site():
     # In float32 adding 2**-25 to 1 is lost each time; sixteen of them are 2**-21.
     weights = {"w": np.array([1.0], np.float32)}
     step = {"w": np.array([2.0**-21], np.float32)}
-    found = weighted_mean_update(weights, [reply(f"S{i}", 1, step) for i in range(16)])
+    found = aggregate(weights, [reply(f"S{i}", 1, step) for i in range(16)])
     assert found["w"][0] == np.float32(1 + 2.0**-21)
+
+
+def test_the_weights_move_once_and_the_result_can_be_asked_for_again():
+    weights = {"w": np.array([1.0], np.float32)}
+    aggregation = make(FedAvg).aggregation(weights)
+    aggregation.add(reply("A", 2, {"w": np.array([3.0], np.float32)}))
+    assert aggregation.result()["w"].tolist() == aggregation.result()["w"].tolist() == [4.0]
+    aggregation.add(reply("B", 2, {"w": np.array([-3.0], np.float32)}))
+    assert aggregation.result()["w"].tolist() == [1.0]
+
+
+def test_two_rounds_share_nothing():
+    kind = make(FedAvg)
+    weights = {"w": np.zeros(1, np.float32)}
+    first = kind.aggregation(weights)
+    first.add(reply("A", 1, {"w": np.ones(1, np.float32)}))
+    second = kind.aggregation(weights)
+    second.add(reply("A", 1, {"w": -np.ones(1, np.float32)}))
+    assert (first.result()["w"], second.result()["w"]) == (1.0, -1.0)
+
+
+def test_an_aggregate_keeps_no_update():
+    """A running sum: memory does not grow with the sites."""
+    weights = {"w": np.zeros(3, np.float32)}
+    aggregation = make(FedAvg).aggregation(weights)
+    one = reply("A", 1, {"w": np.ones(3, np.float32)})
+    gone = weakref.ref(one.update["w"])
+    aggregation.add(one)
+    del one
+    assert gone() is None
 
 
 def test_shapes_and_scalars_stay():
     weights = {"a": np.zeros((2, 0, 3), np.float32), "b": np.float32(1).reshape(())}
-    found = weighted_mean_update(weights, [reply("A", 2, weights)])
+    found = aggregate(weights, [reply("A", 2, weights)])
     assert {name: value.shape for name, value in found.items()} == {"a": (2, 0, 3), "b": ()}
 
 
@@ -91,7 +124,7 @@ def test_shapes_and_scalars_stay():
 def test_the_mean_is_the_exact_one_up_to_rounding(drawn):
     weights, replies = drawn
     total = sum(r.num_examples for r in replies)
-    found = weighted_mean_update(weights, replies)
+    found = aggregate(weights, replies)
     for name, value in weights.items():
         for i, start in enumerate(value):
             exact = Fraction(float(start)) + sum(
@@ -106,7 +139,7 @@ def test_the_mean_is_the_exact_one_up_to_rounding(drawn):
 def test_equal_updates_are_the_mean_whatever_the_weights(drawn):
     weights, replies = drawn
     same = [reply(r.site, r.num_examples, replies[0].update) for r in replies]
-    found = weighted_mean_update(weights, same)
+    found = aggregate(weights, same)
     for name, value in weights.items():
         expected = value.astype(np.float64) + replies[0].update[name]
         np.testing.assert_allclose(found[name], expected, rtol=2**-22, atol=1e-8)
@@ -116,8 +149,8 @@ def test_equal_updates_are_the_mean_whatever_the_weights(drawn):
 @given(rounds())
 def test_fedprox_aggregates_like_fedavg_to_the_bit(drawn):
     weights, replies = drawn
-    plain = make(FedAvg).aggregate(weights, replies)
-    proximal = make(FedProx).aggregate(weights, replies)
+    plain = aggregate(weights, replies)
+    proximal = aggregate(weights, replies, FedProx)
     assert plain.keys() == proximal.keys()
     for name, value in plain.items():
         assert value.tobytes() == proximal[name].tobytes()

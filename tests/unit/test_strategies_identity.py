@@ -7,15 +7,14 @@ import math
 import stat
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1
-from cryptography.hazmat.primitives.asymmetric.ec import generate_private_key as generate_ec
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
     NoEncryption,
     PrivateFormat,
-    PublicFormat,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,13 +22,17 @@ from hypothesis import strategies as st
 from strategies.errors import ConfigError, SignatureError
 from strategies.identity import (
     canonical,
+    create_node_key,
     create_signing_key,
+    create_wrap_key,
     fingerprint,
+    load_node_key,
     load_signing_key,
-    read_public_keys,
+    load_wrap_key,
+    read_secret,
     sign,
     verify,
-    write_public_key,
+    verify_bytes,
 )
 
 # RFC 8032 section 7.1, test 1: its public key's SHA-256 begins with these 20 digits.
@@ -42,10 +45,6 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=8,
 )  # fmt: skip
-
-
-def pem(key, form=PrivateFormat.PKCS8, encryption=None) -> bytes:
-    return key.private_bytes(Encoding.PEM, form, encryption or NoEncryption())
 
 
 @pytest.fixture
@@ -90,6 +89,22 @@ def test_a_signature_holds_for_its_document_and_key_alone(key):
             verify(*forged)
 
 
+def test_a_document_that_json_cannot_say_is_never_verified(key):
+    with pytest.raises(SignatureError):
+        verify(key.public_key(), {"loss": math.nan}, b"\0" * 64)
+
+
+@given(flipped=st.integers(0, 8 * 40 - 1))
+def test_bytes_that_were_changed_in_one_bit_are_refused(flipped):
+    key = Ed25519PrivateKey.generate()
+    data = bytearray(range(40))
+    signature = key.sign(bytes(data))
+    verify_bytes(key.public_key(), bytes(data), signature)
+    data[flipped // 8] ^= 1 << flipped % 8
+    with pytest.raises(SignatureError):
+        verify_bytes(key.public_key(), bytes(data), signature)
+
+
 def test_the_same_key_and_document_give_the_same_signature(key):
     assert sign(key, {"a": 1, "b": 2}) == sign(key, {"b": 2, "a": 1})
 
@@ -99,127 +114,146 @@ def test_a_fingerprint_is_five_groups_of_four():
     assert fingerprint(known.public_key()) == RFC_FINGERPRINT
 
 
-def test_a_new_key_is_readable_by_its_owner_alone_and_kept(tmp_path):
-    path = tmp_path / "signing.key"
-    first = create_signing_key(path)
+def test_another_key_has_another_fingerprint():
+    keys = (Ed25519PrivateKey.generate().public_key() for _ in range(50))
+    assert len({fingerprint(one) for one in keys}) == 50
+
+
+# --- three kinds of private keys
+
+KINDS = {
+    "signing": (create_signing_key, load_signing_key, Ed25519PrivateKey.generate, "PRIVATE KEY"),
+    "wrap": (create_wrap_key, load_wrap_key, X25519PrivateKey.generate, "PRIVATE KEY"),
+    "node": (
+        create_node_key,
+        load_node_key,
+        lambda: ec.generate_private_key(ec.SECP384R1()),
+        "OPENSSH PRIVATE KEY",
+    ),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "private.key"
+
+
+def raw(private) -> bytes:
+    form = PrivateFormat.PKCS8
+    return private.private_bytes(Encoding.DER, form, NoEncryption())
+
+
+def test_a_new_key_is_readable_by_its_owner_alone_and_kept(kind, path):
+    create, load, _, name = kind
+    first = create(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     content = path.read_bytes()
-    second = create_signing_key(path)
+    assert content.startswith(f"-----BEGIN {name}-----\n".encode())
+    assert raw(create(path)) == raw(first) == raw(load(path))
     assert path.read_bytes() == content
-    assert second.private_bytes_raw() == first.private_bytes_raw()
-    assert load_signing_key(path).private_bytes_raw() == first.private_bytes_raw()
+
+
+def test_no_two_keys_are_alike(kind, tmp_path):
+    create = kind[0]
+    assert raw(create(tmp_path / "one")) != raw(create(tmp_path / "two"))
+
+
+def test_a_node_key_is_of_the_curve_that_flower_takes(path):
+    assert isinstance(create_node_key(path).curve, ec.SECP384R1)
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620, 0o601])
-def test_a_key_that_others_may_touch_is_refused(tmp_path, mode):
-    path = tmp_path / "signing.key"
-    create_signing_key(path)
+def test_a_key_that_others_may_touch_is_refused(kind, path, mode):
+    create, load, *_ = kind
+    create(path)
     path.chmod(mode)
     with pytest.raises(ConfigError) as caught:
-        load_signing_key(path)
+        load(path)
     assert str(caught.value) == (
-        f"signing key signing.key has mode {mode:04o}: others may read it; expected 0600"
+        f"secret file private.key has mode {mode:04o}: others may read it; expected 0600"
     )
-    assert caught.value.hint.startswith("chmod 600 signing.key")
+    assert caught.value.hint.startswith("chmod 600 private.key")
     with pytest.raises(ConfigError, match="others may read it"):
-        create_signing_key(path)
+        create(path)
 
 
-def test_a_key_that_only_its_owner_reads_may_be_read_only(tmp_path):
-    path = tmp_path / "signing.key"
-    create_signing_key(path)
+def test_a_key_that_only_its_owner_reads_may_be_read_only(kind, path):
+    create, load, *_ = kind
+    create(path)
     path.chmod(0o400)
-    load_signing_key(path)
+    load(path)
 
 
-def test_a_missing_key_says_which_command_makes_one(tmp_path):
-    with pytest.raises(ConfigError, match=r"signing\.key cannot be read \(No such file") as caught:
-        load_signing_key(tmp_path / "signing.key")
-    assert caught.value.hint == "`python -m client init --site NAME` makes one"
+def test_a_missing_key_is_never_made_by_reading(kind, path):
+    with pytest.raises(ConfigError, match=r"private\.key cannot be read \(No such file") as caught:
+        kind[1](path)
+    assert "restore it from a backup" in caught.value.hint
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("other", KINDS)
+def test_a_key_of_another_kind_is_refused(kind, path, other):
+    if KINDS[other] is kind:
+        return
+    KINDS[other][0](path)
+    with pytest.raises(ConfigError, match=r"^private key private\.key is "):
+        kind[1](path)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is not a readable PEM key"),
-        (b"-----BEGIN PRIVATE KEY-----\nMC4C\n-----END PRIVATE KEY-----\n", "is not a readable"),
-        (b"\xff\xfe\x00", "is not a readable PEM key"),
-        (pem(generate_ec(SECP256R1())), "is ECPrivateKey; expected Ed25519"),
-        (
-            pem(Ed25519PrivateKey.generate(), encryption=BestAvailableEncryption(b"word")),
-            "is not a readable PEM key",
-        ),
-    ],
-    ids=["empty", "cut", "binary", "other-kind", "encrypted"],
+    "content",
+    [b"", b"-----BEGIN PRIVATE KEY-----\nMC4C\n-----END PRIVATE KEY-----\n", b"\xff\xfe\x00"],
+    ids=["empty", "cut", "binary"],
 )
-def test_a_file_that_is_no_ed25519_key_is_refused(tmp_path, content, message):
-    path = tmp_path / "signing.key"
+def test_a_file_that_is_no_key_is_refused_and_left_alone(kind, path, content):
+    create, load, *_ = kind
     path.write_bytes(content)
     path.chmod(0o600)
-    with pytest.raises(ConfigError, match=f"^signing key signing.key {message}"):
-        load_signing_key(path)
+    for read in (load, create):
+        with pytest.raises(ConfigError, match=r"^private key private\.key is not a readable key"):
+            read(path)
     assert path.read_bytes() == content
 
 
-def test_public_keys_are_read_by_site_in_name_order(tmp_path):
-    keys = {site: Ed25519PrivateKey.generate().public_key() for site in ("C", "A", "B-2")}
-    for site, key in keys.items():
-        write_public_key(tmp_path / f"{site}.pub", key)
-    (tmp_path / "README.txt").write_text("collected by hand")
-    read = read_public_keys(tmp_path)
-    assert list(read) == ["A", "B-2", "C"]
-    assert read == keys
+@pytest.mark.parametrize("name", ["signing", "wrap"])
+def test_an_encrypted_key_is_refused(path, name):
+    """Nobody is there to type a password when a node starts."""
+    _, load, generate, _ = KINDS[name]
+    word = BestAvailableEncryption(b"word")
+    path.write_bytes(generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, word))
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match=r"^private key private\.key is not a readable key"):
+        load(path)
 
 
-def test_a_public_key_file_holds_no_private_key(tmp_path, key):
-    write_public_key(tmp_path / "A.pub", key.public_key())
-    content = (tmp_path / "A.pub").read_bytes()
-    assert content.startswith(b"-----BEGIN PUBLIC KEY-----\n")
-    assert b"PRIVATE" not in content
+def test_another_curve_is_no_signing_key(path):
+    other = ec.generate_private_key(ec.SECP256R1())
+    path.write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match="is ECPrivateKey; expected Ed25519PrivateKey"):
+        load_signing_key(path)
 
 
-@pytest.mark.parametrize("make", [False, True], ids=["missing", "empty"])
-def test_a_folder_without_keys_is_refused(tmp_path, make):
-    folder = tmp_path / "keys"
-    if make:
-        folder.mkdir()
-    with pytest.raises(ConfigError) as caught:
-        read_public_keys(folder)
-    expected = "holds no *.pub file" if make else "is not a folder"
-    assert str(caught.value) == f"site-keys={folder} {expected}"
-    assert "client init" in caught.value.hint
+# --- secrets that are no keys
 
 
-def test_two_sites_with_one_key_are_refused(tmp_path, key):
-    for site in ("A", "B"):
-        write_public_key(tmp_path / f"{site}.pub", key.public_key())
-    with pytest.raises(ConfigError, match=r"^public keys of sites A and B are the same key$"):
-        read_public_keys(tmp_path)
+def test_a_secret_is_read_as_it_is(path):
+    path.write_bytes(b"\x00\xff\n")
+    path.chmod(0o600)
+    assert read_secret(path) == b"\x00\xff\n"
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"not a key", "is not a readable PEM key"),
-        (pem(Ed25519PrivateKey.generate()), "is not a readable PEM key"),
-        (
-            generate_ec(SECP256R1())
-            .public_key()
-            .public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
-            "is ECPublicKey; expected Ed25519",
-        ),
-    ],
-    ids=["text", "private", "other-kind"],
-)
-def test_a_public_key_file_that_is_none_is_refused_by_name(tmp_path, key, content, message):
-    write_public_key(tmp_path / "A.pub", key.public_key())
-    (tmp_path / "B.pub").write_bytes(content)
-    with pytest.raises(ConfigError, match=f"^public key B.pub {message}"):
-        read_public_keys(tmp_path)
-
-
-def test_a_public_key_that_cannot_be_read_is_refused_by_name(tmp_path, key):
-    write_public_key(tmp_path / "A.pub", key.public_key())
-    (tmp_path / "B.pub").mkdir()
-    with pytest.raises(ConfigError, match=r"^public key B\.pub"):
-        read_public_keys(tmp_path)
+def test_a_secret_that_others_may_read_or_that_is_a_folder_is_refused(path):
+    path.write_bytes(b"x")
+    path.chmod(0o640)
+    with pytest.raises(ConfigError, match="has mode 0640"):
+        read_secret(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
+        read_secret(path)

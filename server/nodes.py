@@ -83,6 +83,7 @@ def synchronise_when_up(federation: Federation, stop: threading.Event) -> None:
     while not stop.is_set():
         try:
             changes = synchronise(federation)
+            admitted = federation.admitted()
         except SuperlinkDownError:
             stop.wait(POLL_SECONDS)
             continue
@@ -91,5 +92,5 @@ def synchronise_when_up(federation: Federation, stop: threading.Event) -> None:
             return
         for change in changes:
             log.info("%s", change)
-        log.info("admitted=%s", ",".join(federation.admitted()) or "none")
+        log.info("admitted=%s", ",".join(admitted) or "none")
         return

@@ -1,11 +1,23 @@
-"""The ServerApp: the same object under ``python -m server run`` and in the simulation.
+"""The ServerApp: the same object under ``python -m server run``, in the simulation and in Flower.
 
-Invariant: what it needs beside the run configuration (directory, admitted keys) is registered by
-the process that hosts it, never sent over the wire.
+The first two register what it needs beside the run configuration, and call it. Flower's executor
+(``python -m server superlink --executor``) calls it for what ``flwr run . hospitals`` submits; then
+it opens the coordinator's state folder, which the executor's environment names, and hosts a run by
+itself.
+
+Invariant: what it needs is on this machine, never sent over the wire; and what runs is what is
+installed here, although Flower unpacks a bundle of code with each run and puts it first.
 """
 
 from __future__ import annotations
 
+import importlib
+import logging
+import os
+import sys
+import uuid
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
@@ -14,6 +26,12 @@ from flwr.serverapp import Grid, ServerApp
 from server.rounds import Settings, execute
 from strategies.errors import ConfigError
 from strategies.run_config import RunConfig
+
+log = logging.getLogger(__name__)
+
+STATE_VARIABLE = "FEDERATION_STATE"
+RUNS = "runs"
+BUNDLED = ("client", "medmamba", "server", "strategies")
 
 app = ServerApp()
 
@@ -27,10 +45,18 @@ class _Host:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Validate the run configuration and execute the run."""
-    if _Host.settings is None:
-        raise ConfigError("this process hosts no run", hint="start it with `python -m server run`")
-    _Host.summary = execute(grid, RunConfig.parse(context.run_config), _Host.settings)
+    """Execute the run that this process hosts, or host the one that Flower submitted."""
+    if _Host.settings is not None:
+        _Host.summary = execute(grid, _Host.settings)
+    elif state := os.environ.get(STATE_VARIABLE):
+        _use_installed_code()
+        importlib.import_module("server.app").host(grid, context, Path(state))
+    else:
+        raise ConfigError(
+            f"this process hosts no run and {STATE_VARIABLE} names no state folder",
+            hint="`python -m server run`, or `flwr run` with `python -m server superlink "
+            "--executor` running",
+        )
 
 
 def run_app(grid: Grid, context: Context, settings: Settings) -> dict[str, Any]:
@@ -42,3 +68,62 @@ def run_app(grid: Grid, context: Context, settings: Settings) -> dict[str, Any]:
         _Host.settings = None
     assert _Host.summary is not None
     return _Host.summary
+
+
+def host(grid: Grid, context: Context, state_dir: Path) -> Path:
+    """Host the run of a Flower task, in ``runs/<run_uuid>`` of the coordinator's state folder.
+
+    Args:
+        grid: The task's.
+        context: The task's; its run configuration is the run's.
+        state_dir: The coordinator's state folder.
+
+    Returns:
+        The run's directory, with its report.
+
+    Raises:
+        ConfigError: No such folder, another run is hosted, or the run could never work.
+        QuorumError: Too few sites; ``python -m server run --resume`` continues the run.
+    """
+    from server.console import finish, shown_rounds
+    from server.federation import Federation
+    from server.hosting import hosting
+    from server.session import begin, check_federation, create_directory, noted
+
+    # The lines that `flwr log` shows; Flower has its own for its own.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("flwr").propagate = False
+    federation = Federation.open(state_dir)
+    for warning in federation.certificates().warnings():
+        log.warning("%s", warning)
+    run, run_uuid = RunConfig.parse(context.run_config), uuid.uuid4().hex
+    path = federation.state_dir / RUNS / run_uuid
+    with hosting(federation), shown_rounds(run) as show:
+        check_federation(federation, run)
+        directory = create_directory(federation, run_uuid, run, path)
+        with directory.session(), noted(federation, run_uuid):
+            settings = begin(federation, directory, run_uuid, run, show)
+            summary = execute(grid, settings)
+            directory.write_summary(summary)
+    finish(path, summary)
+    return path
+
+
+def _use_installed_code() -> None:
+    """Forget the bundle that this module was loaded from, so that imports find what is installed.
+
+    Raises:
+        ConfigError: Nothing is installed beside the bundle.
+    """
+    bundle = Path(__file__).resolve().parent.parent
+    others = [entry for entry in sys.path if Path(entry).resolve() != bundle]
+    installed = PathFinder.find_spec("server", others)
+    if installed is None:
+        raise ConfigError(
+            "this project is not installed beside the bundle that Flower unpacked",
+            hint="pip install it into the Python that runs `python -m server superlink`",
+        )
+    if installed.origin != __file__:
+        sys.path[:] = others
+        for name in [name for name in sys.modules if name.partition(".")[0] in BUNDLED]:
+            del sys.modules[name]

@@ -2,107 +2,137 @@
 
 from __future__ import annotations
 
-import logging
+import errno
+import sys
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Context
 from flwr.serverapp import Grid
 
 from server.app import run_app
+from server.console import finish, shown_rounds
+from server.federation import Federation
 from server.flower_runtime import host_run
-from server.metrics import auc_error_text
-from server.report import write_report
-from server.rounds import Settings, check
-from server.run_directory import RunDirectory, provenance, require_new
-from strategies.errors import ConfigError
-from strategies.identity import fingerprint, read_public_keys
-from strategies.run_config import (
-    METRIC_NAMES,
-    RunConfig,
-    flatten,
-    parse_assignments,
-)
+from server.hosting import hosting
+from server.run_directory import RunDirectory, require_new
+from server.session import begin, check_federation, create_directory, noted
+from strategies.errors import ConfigError, FederationError, StoppedError
+from strategies.run_config import RunConfig, flatten, parse_assignments
 
-log = logging.getLogger(__name__)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @dataclass(frozen=True)
 class Request:
-    """The options of one ``server run``."""
+    """The options of one ``server run``: ``output`` for a new run, or the one to ``resume``."""
 
-    address: str
-    secret_file: Path
-    site_keys: Path
-    federation: str
-    run_config: Path | None
-    assignments: list[str]
-    output: Path | None
-    resume: Path | None
+    federation: Federation
+    run_config: Path | None = None
+    assignments: list[str] = field(default_factory=list)
+    output: Path | None = None
+    resume: Path | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can start.
+
+    Attributes:
+        path: Its directory.
+        directory: The one that is there, of a run that goes on.
+    """
+
     run_uuid: str
+    run: RunConfig
+    path: Path
+    directory: RunDirectory | None = None
 
 
 def run(request: Request) -> int:
-    """Host one run in the foreground, write its directory, print the result."""
-    keys = read_public_keys(request.site_keys)
+    """Host one run in the foreground, write its directory, print the result.
+
+    Returns:
+        0: complete. 130: a person stopped it; its directory has what was reached.
+
+    Raises:
+        QuorumError: Too few sites; the run can be resumed.
+    """
     if request.resume is not None:
         finished = RunDirectory.open(request.resume).summary()
         if finished is not None:  # only the report is missing
             return finish(request.resume, finished)
-    open_directory, config, run_uuid, federation = (
-        _resumed(request) if request.resume is not None else _new(request, keys)
-    )
+    federation = request.federation
+    with hosting(federation):
+        plan = _resumed(request) if request.resume is not None else _new(request)
+        check_federation(federation, plan.run)
+        try:
+            with _explained(plan.path), noted(federation, plan.run_uuid):
+                summary = _host(federation, plan)
+        except StoppedError as stopped:
+            print(f"{stopped}\nstopped; {_what_is_left(plan.path)}", file=sys.stderr)
+            return stopped.exit_code
+    return finish(plan.path, summary)
+
+
+def _host(federation: Federation, plan: Plan) -> dict[str, Any]:
+    """Be the run's ServerApp until it is complete; returns its summary."""
+    directory, summary = plan.directory, {}
 
     def main(grid: Grid, context: Context) -> None:
-        # Only now is there something to keep: flower-superlink has taken the run.
-        directory = open_directory()
+        nonlocal directory, summary
+        if directory is None:  # only now: flower-superlink has taken the run
+            directory = create_directory(federation, plan.run_uuid, plan.run, plan.path)
         with directory.session():
-            summary = run_app(grid, context, Settings(directory, federation, run_uuid, keys))
-        directory.write_summary(summary)
-        finish(directory.path, summary)
+            settings = begin(federation, directory, plan.run_uuid, plan.run, show)
+            summary = run_app(grid, context, settings)
+            directory.write_summary(summary)
 
-    host_run(request.address, request.secret_file, config, main)
-    return 0
-
-
-def finish(path: Path, summary: Mapping[str, Any]) -> int:
-    """Write a run's report and print its last lines; returns the exit code."""
-    write_report(path)
-    print(result_lines(summary, path))
-    return 0
-
-
-Plan = tuple[Callable[[], RunDirectory], RunConfig, str, str]
+    with shown_rounds(plan.run) as show:
+        host_run(
+            address=federation.superlink_address,
+            ca_file=federation.ca_file,
+            secret_file=federation.secret_file,
+            run=plan.run,
+            main=main,
+        )
+    return summary
 
 
-def _new(request: Request, keys: Mapping[str, Ed25519PublicKey]) -> Plan:
-    path = request.output
-    assert path is not None
-    require_new(path)
+@contextmanager
+def _explained(path: Path) -> Generator[None]:
+    """Say with a failure how the run goes on once its cause is mended."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except FederationError as error:
+        if path.exists() and "--resume" not in error.hint:
+            error.hint = f"{error.hint}; " * bool(error.hint) + _what_is_left(path)
+        raise
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise FederationError(
+            f"output={path}: cannot write there or in the state folder ({error.strerror})",
+            hint=f"make room; {_what_is_left(path)}",
+        ) from error
+
+
+def _what_is_left(path: Path) -> str:
+    return f"continue with --resume {path}" if path.exists() else "nothing was begun"
+
+
+def _new(request: Request) -> Plan:
+    assert request.output is not None
+    require_new(request.output)
     config = read_run_config(request.run_config, request.assignments)
-    check(config, len(keys))
-    document = {
-        "run_uuid": request.run_uuid,
-        "federation": request.federation,
-        "run_config": config.model_dump(by_alias=True),
-        "seed": config.seed,
-        "sites": {site: fingerprint(key) for site, key in keys.items()},
-        **provenance(),
-        "provenance": {
-            "scan_backend": config.model.scan_backend,
-            "simulated": False,
-        },
-    }
-    return (
-        lambda: RunDirectory.create(path, document),
-        config,
-        request.run_uuid,
-        request.federation,
-    )
+    return Plan(uuid.uuid4().hex, config, request.output)
 
 
 def _resumed(request: Request) -> Plan:
@@ -114,8 +144,7 @@ def _resumed(request: Request) -> Plan:
         )
     directory = RunDirectory.open(request.resume)
     config = RunConfig.parse(directory.stored("run_config", dict))
-    run_uuid, federation = (directory.stored(name, str) for name in ("run_uuid", "federation"))
-    return lambda: directory, config, run_uuid, federation
+    return Plan(directory.stored("run_uuid", str), config, request.resume, directory)
 
 
 def read_run_config(path: Path | None, assignments: list[str]) -> RunConfig:
@@ -133,35 +162,3 @@ def read_run_config(path: Path | None, assignments: list[str]) -> RunConfig:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"run-config={path} is not TOML: {error}") from error
     return RunConfig.parse({**values, **parse_assignments(assignments)})
-
-
-def result_lines(summary: Mapping[str, Any], path: Path) -> str:
-    """Return the last lines of a run: test figures of all sites together and of each."""
-    names = ("auc", "balanced_accuracy", "accuracy", "f1")
-    assert set(names) <= set(METRIC_NAMES)
-    rows = [("pooled", summary["pooled"]), *summary["sites"].items()]
-    if "pooled" in summary.get("baselines", {}):
-        rows.append(("pooled training", summary["baselines"]["pooled"]))
-    width = max(len(auc_error_text(figures)) for _, figures in rows)
-    head = f"{'test':<16}{'examples':>9}" + "".join(f"{name:>19}" for name in names)
-    lines = [head]
-    for name, figures in rows:
-        shown = {metric: _shown(figures[metric]) for metric in names}
-        # An AUC without an error is padded: decimal points stay below each other.
-        shown["auc"] += auc_error_text(figures).ljust(width)
-        values = "".join(f"{text:>19}" for text in shown.values())
-        lines.append(f"{name:<16}{figures['num_examples']:>9}{values}")
-    low, high = summary["pooled"]["auc_low_95"], summary["pooled"]["auc_high_95"]
-    if low is not None:
-        lines.append(f"pooled AUC 95 % interval {low:.3f} to {high:.3f}")
-    lines.append(
-        f"round {summary['best_round']} of {summary['num_server_rounds']} chosen on validation "
-        f"{summary['selection']['metric']}; privacy={summary['privacy']['mode']} "
-        f"encryption={summary['encryption']['mode']}"
-    )
-    lines.append(f"report {path / 'report.html'}")
-    return "\n".join(lines)
-
-
-def _shown(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3f}"

@@ -2,78 +2,100 @@
 
 Invariant: the ServerApp that runs is the installed one in this process; flower-superlink, started
 with ``--isolation process`` and a secret, executes nothing and hands the task only to a holder of
-that secret.
+that secret. A run that flower-superlink gave up is submitted anew; one that somebody stopped is
+not. Flower tells a ServerApp of both by the signal of a Ctrl-C; that is replaced here, so that a
+SIGINT in this process comes from a person.
 
-All private Flower names of this package are in this file (checked against flwr 1.41).
+The private Flower names of this package are here, in :mod:`server.flower_control` and in
+:mod:`server.flower_runs` (checked against flwr 1.41).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import sys
+import signal
 import time
 import tomllib
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 from flwr.app import Context
 from flwr.cli.build import build_fab_from_files
-from flwr.cli.typing import SuperLinkConnection
-from flwr.cli.utils import init_http_client_from_connection
-from flwr.common.serde import (
-    context_from_proto,
-    fab_to_proto,
-    run_from_proto,
-    user_config_to_proto,
-)
-from flwr.proto.control_pb2 import StartRunRequest
+from flwr.common.constant import HEARTBEAT_CALL_TIMEOUT, SubStatus
+from flwr.common.serde import context_from_proto, run_from_proto
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
 )
 from flwr.serverapp import Grid
 from flwr.supercore.constant import TaskType
-from flwr.supercore.fab import Fab
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
-from flwr.supercore.retry import make_simple_http_retry_invoker
-from flwr.supercore.run import RunNotRunningException
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.retry import (
+    RetryInvoker,
+    RetryState,
+    exponential,
+    make_simple_http_retry_invoker,
+)
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from strategies.errors import ConfigError, FederationError
+from server import flower_runs
+from server.flower_control import Control
+from server.flower_runs import LEASE_SECONDS, RunLostError
+from strategies.errors import ConfigError, FederationError, StoppedError
 from strategies.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+RETRY_SECONDS = 2
 CLAIM_SECONDS = 30.0
-RECONNECT_SECONDS = 90.0  # flower-superlink gives a run up after 60 s without a sign of life
+CONTROL_SECONDS = 10.0
 GOODBYE_SECONDS = 5.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_STATE = "was it started by `python -m server superlink` with the same --state-dir?"
+
+Main = Callable[[Grid, Context], None]
 
 
-def superlink_command(*, port: int, secret_file: Path, database: Path) -> list[str]:
-    """Return the ``flower-superlink`` command line for one machine, without TLS."""
-    return [
-        str(Path(sys.executable).with_name("flower-superlink")),
-        "--insecure",
-        *("--host", "127.0.0.1"),
-        *("--port", str(port)),
-        *("--isolation", "process"),
-        *("--superexec-auth-secret-file", str(secret_file)),
-        *("--database", str(database)),
-        "--disable-runtime-dependency-installation",
-    ]
+class _RunEndedError(Exception):
+    """flower-superlink refuses the run's token: the run was stopped, or given up."""
+
+
+@dataclass(frozen=True)
+class _Superlink:
+    """How to reach flower-superlink on this machine."""
+
+    address: str
+    certificates: bytes
+    secret: bytes
+
+    def runtime(self, name: str, *interceptors: ProtobufClientInterceptor) -> RuntimeHttpClient:
+        """Open its runtime interface, which does not retry."""
+        return RuntimeHttpClient.from_server_address(
+            server_address=self.address,
+            insecure=False,
+            root_certificates=self.certificates,
+            interceptors=[RuntimeVersionHttpInterceptor(component_name=name), *interceptors],
+        )
 
 
 def build_fab() -> bytes:
-    """Pack the installed code as a Flower App Bundle; its hash names the code of a run.
+    """Pack the installed code as a Flower App Bundle, without which no run can be submitted.
 
     Sites do not execute it. Built from pyproject's ``fab-include`` alone, so that no site file or
     data slips in.
@@ -93,119 +115,216 @@ def build_fab() -> bytes:
     return build_fab_from_files({path.relative_to(root).as_posix(): path for path in paths})[0]
 
 
-def host_run(
-    address: str, secret_file: Path, run: RunConfig, main: Callable[[Grid, Context], None]
-) -> None:
+def host_run(*, address: str, ca_file: Path, secret_file: Path, run: RunConfig, main: Main) -> None:
     """Submit a run and execute ``main`` with its grid, in this process.
 
+    When flower-superlink goes away for too long and gives the run up, this waits for it, submits
+    again and calls ``main`` again, which continues from its checkpoint.
+
     Args:
-        address: Of flower-superlink, ``host:port``; loopback, without TLS.
+        address: Of flower-superlink, ``host:port``.
+        ca_file: The authority that its certificate is checked against.
         secret_file: The secret it was started with.
-        run: The run's configuration.
+        run: The run's configuration; ``strategy.wait-seconds`` bounds each wait.
         main: The ServerApp.
 
     Raises:
-        ConfigError: The secret cannot be read.
+        ConfigError: The secret or the certificate cannot be read.
         FederationError: flower-superlink does not answer, or refuses the run or the secret.
+        StoppedError: Ctrl-C, SIGTERM or ``flwr stop`` ended the run.
     """
-    try:
-        secret = secret_file.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"secret={secret_file} cannot be read ({error.strerror})",
-            hint="start `python -m server superlink` first, with the same --state-dir",
-        ) from error
+    superlink = _Superlink(address, _read(ca_file), _read(secret_file))
     fab = build_fab()
-    fab_hash = hashlib.sha256(fab).hexdigest()
     # Flower's lines reach our log by propagation; its own handler would print them twice.
-    logging.getLogger("flwr").handlers.clear()
-    with _superlink_errors(address):
-        with redirect_stdout(sys.stderr):  # it prints; standard output is for the result
-            control = init_http_client_from_connection(
-                SuperLinkConnection(name="coordinator", address=address, insecure=True)
-            )
-        started = control.StartRun(
-            StartRunRequest(
-                fab=fab_to_proto(Fab(fab_hash, fab, {})),
-                override_config=user_config_to_proto(dict(run.flatten())),
-            )
-        )
-        token = _claim(address, secret, started.run_id)
-    log.info("submitted flower_run_id=%d code_sha256=%s", started.run_id, fab_hash[:16])
-    _serve(address, token, run, main)
+    flower = logging.getLogger("flwr")
+    flower.handlers.clear()
+    flower.setLevel(logging.getLogger().level)
+    patience = 0.0
+    with _superlink_errors(address), Control(address, ca_file) as control, _interruptible():
+        control.client._client.timeout = httpx.Timeout(CONTROL_SECONDS)
+        while True:
+            run_id = flower_runs.start(control.client, fab, run, patience=patience)
+            try:
+                _serve(superlink, control.client, run_id, run, main)
+                return
+            except RunLostError as lost:
+                patience = run.strategy.wait_seconds
+                log.warning(
+                    "flower_run_id=%d is lost: %s; waiting up to %g s for flower-superlink, then "
+                    "continuing from the checkpoint",
+                    run_id,
+                    lost,
+                    patience,
+                )
 
 
-def _claim(address: str, secret: bytes, run_id: int) -> str:
-    """Claim the ServerApp task of the run just submitted and return its token."""
-    executor = RuntimeHttpClient.from_server_address(
-        server_address=address,
-        insecure=True,
-        root_certificates=None,
-        interceptors=[
-            RuntimeVersionHttpInterceptor(component_name="SuperExec"),
-            SuperExecAuthHttpInterceptor(
-                master_secret=secret,
-                protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"}),
-            ),
-        ],
-        retry_invoker=make_simple_http_retry_invoker(),
-    )
-    deadline = time.monotonic() + CLAIM_SECONDS
+@contextmanager
+def _interruptible() -> Generator[None]:
+    """Have the first Ctrl-C or SIGTERM end the run in order, and the second leave at once."""
+
+    def leave(number: int, frame: object) -> None:
+        os._exit(StoppedError.exit_code)
+
+    def stop(number: int, frame: object) -> None:
+        for each in SIGNALS:
+            signal.signal(each, leave)
+        # Not through the log: this may interrupt a line that is being written.
+        os.write(2, b"stopping: telling the sites; once more leaves at once\n")
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
-        while time.monotonic() < deadline:
-            claim = executor.AcquireTask(
-                AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
-            )
-            if claim.token:
-                if claim.task.run_id != run_id:
-                    raise FederationError(
-                        f"flower-superlink handed out run {claim.task.run_id} before {run_id}",
-                        hint="another run was waiting there; start this one again",
-                    )
-                return claim.token
-            time.sleep(POLL_SECONDS)
+        yield
+    except KeyboardInterrupt:
+        raise StoppedError("the run was interrupted") from None
     finally:
-        executor.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _serve(
+    superlink: _Superlink, control: ControlHttpClient, run_id: int, run: RunConfig, main: Main
+) -> None:
+    """Be the ServerApp of a submitted run until it ends, however it ends."""
+    try:
+        token = _claim(superlink, control, run_id)
+        _execute(superlink, token, run, main)
+    except _RunEndedError as ended:
+        raise flower_runs.why_ended(control, run_id) from ended
+    except httpx.TransportError as error:
+        name = type(error).__name__
+        raise RunLostError(f"flower-superlink does not answer ({name})") from error
+    except BaseException:  # the sites drop its work
+        flower_runs.stop(control, run_id)
+        raise
+
+
+def _claim(superlink: _Superlink, control: ControlHttpClient, run_id: int) -> str:
+    """Claim the ServerApp task of the run just submitted and return its token."""
+    signed = SuperExecAuthHttpInterceptor(
+        master_secret=superlink.secret,
+        protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"}),
+    )
+    request = AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
+    deadline = time.monotonic() + CLAIM_SECONDS
+    with superlink.runtime("SuperExec", signed) as executor:
+        while time.monotonic() < deadline:
+            claim = executor.AcquireTask(request)
+            if claim.token and claim.task.run_id == run_id:
+                return claim.token
+            if claim.token:
+                # Left by a `server run` that was killed before it began. Tasks are handed out
+                # oldest first, so it would stand before every later run.
+                log.warning("flower_run_id=%d: nobody hosts it; stopped", claim.task.run_id)
+                flower_runs.stop(control, claim.task.run_id)
+            elif not flower_runs.is_waiting(control, run_id):
+                raise FederationError(
+                    "another executor took the run from flower-superlink",
+                    hint="with `server superlink --executor` start runs by `flwr run`, or start "
+                    "the superlink without it",
+                )
+            else:
+                time.sleep(POLL_SECONDS)
     raise FederationError(
         f"flower-superlink did not hand out the run within {CLAIM_SECONDS:g} s",
         hint="it must run with --isolation process: `python -m server superlink` does that",
     )
 
 
-def _serve(address: str, token: str, run: RunConfig, main: Callable[[Grid, Context], None]) -> None:
-    grid = HttpGrid(address, insecure=True, token=token)
-    # Flower's own retries never end.
-    grid._retry_invoker.max_time = RECONNECT_SECONDS
-    client = grid._runtime_client
-    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
-    heartbeat.start()
-    status, details = "failed", "interrupted"
+def _execute(superlink: _Superlink, token: str, run: RunConfig, main: Main) -> None:
+    """Call ``main`` as the task that ``token`` stands for."""
+    grid = HttpGrid(superlink.address, root_certificates=superlink.certificates, token=token)
+    grid._retry_invoker = retries = _retries()
     try:
-        task = client.PullTaskInput(PullTaskInputRequest())
-        TaskIdentity.task_id = task.task_id
-        TaskIdentity.run_id = task.run.run_id
-        TaskIdentity.node_id = task.context.node_id
-        grid.set_run(run_from_proto(task.run))
-        context = context_from_proto(task.context)
-        context.run_config = dict(run.flatten())
-        main(grid, context)
-        status, details = "completed", ""
-    except (httpx.HTTPError, RunNotRunningException) as error:
-        raise FederationError(
-            f"flower-superlink at {address} stopped answering or ended the run",
-            hint="see its log, start it again, and continue with --resume",
-        ) from error
-    except Exception as error:
-        details = type(error).__name__
-        raise
+        with _heartbeat(superlink, token):
+            client = grid._runtime_client
+            task = client.PullTaskInput(PullTaskInputRequest())
+            TaskIdentity.task_id = task.task_id
+            TaskIdentity.run_id = task.run.run_id
+            TaskIdentity.node_id = task.context.node_id
+            grid.set_run(run_from_proto(task.run))
+            context = context_from_proto(task.context)
+            context.run_config = dict(run.flatten())
+            main(grid, context)
+            retries.max_time = GOODBYE_SECONDS
+            try:
+                client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED))
+            except (httpx.HTTPError, _RunEndedError):  # all is written: nothing depends on it
+                log.warning("flower-superlink did not take note of the end of the run")
     finally:
-        grid._retry_invoker.max_time = GOODBYE_SECONDS
-        try:
-            client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=details))
-        except (httpx.HTTPError, RunNotRunningException):
-            log.warning("flower-superlink did not take note of the end of the run")
-        heartbeat.stop()
+        retries.max_time = 0.0  # threads that still fetch something give up too
         grid.close()
+
+
+def _retries() -> RetryInvoker:
+    """Return how calls are repeated: as Flower's are, but for what its own do badly here.
+
+    Those never end, wait up to 20 s for a superlink that is back after two, and answer a refused
+    token with a SIGINT.
+    """
+    flower = make_simple_http_retry_invoker()
+
+    def should_give_up(error: Exception) -> bool:
+        if isinstance(error, httpx.HTTPStatusError) and _is_refusal(error):
+            raise _RunEndedError from error
+        return flower.should_giveup is not None and flower.should_giveup(error)
+
+    def on_backoff(state: RetryState) -> None:
+        if state.tries == 1:
+            log.warning("flower-superlink does not answer (%s)", type(state.exception).__name__)
+
+    def on_success(state: RetryState) -> None:
+        if state.tries > 1:
+            log.info("flower-superlink answers again after %.0f s", state.elapsed_time)
+
+    return RetryInvoker(
+        lambda: exponential(max_delay=RETRY_SECONDS),
+        flower.recoverable_exceptions,
+        max_tries=None,
+        max_time=LEASE_SECONDS,
+        on_success=on_success,
+        on_backoff=on_backoff,
+        should_giveup=should_give_up,
+    )
+
+
+def _is_refusal(error: httpx.HTTPStatusError) -> bool:
+    return error.response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
+
+
+@contextmanager
+def _heartbeat(superlink: _Superlink, token: str) -> Generator[None]:
+    """Give signs of life meanwhile, on a connection of its own that gives up soon."""
+    client = superlink.runtime("flwr-serverapp", RuntimeTokenHttpInterceptor(token=token))
+    client._client.timeout = httpx.Timeout(HEARTBEAT_CALL_TIMEOUT)
+
+    def beat() -> bool:
+        try:
+            client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+        except httpx.TransportError:
+            return False
+        except httpx.HTTPStatusError as error:
+            return _is_refusal(error)  # the main thread meets the same answer at its next call
+        return True
+
+    sender = HeartbeatSender(beat)
+    sender._retry_invoker.wait_gen_factory = lambda: exponential(max_delay=RETRY_SECONDS)
+    sender.start()
+    try:
+        yield
+    finally:
+        sender.stop()
+        client.close()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror})",
+            hint="`python -m server init` makes the coordinator's state folder",
+        ) from error
 
 
 @contextmanager
@@ -217,9 +336,13 @@ def _superlink_errors(address: str) -> Generator[None]:
     except httpx.HTTPStatusError as error:
         raise FederationError(
             f"flower-superlink at {address} answered HTTP {error.response.status_code}",
-            hint="was it started by `python -m server superlink` with the same --state-dir?",
+            hint=SAME_STATE,
         ) from error
     except httpx.TransportError as error:
+        if "certificate" in str(error).lower() or "ssl" in str(error).lower():
+            raise FederationError(
+                f"{address} has no certificate of this federation ({error})", hint=SAME_STATE
+            ) from error
         raise FederationError(
             f"flower-superlink at {address} does not answer",
             hint="start it with `python -m server superlink`",

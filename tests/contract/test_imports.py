@@ -39,6 +39,8 @@ NOWHERE = {"medmnist", "tests", "torchvision"}
 PUBLIC_FLOWER = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
 MAY_USE_PRIVATE_FLOWER = {
     "client/flower_runtime.py",
+    "server/flower_control.py",
+    "server/flower_runs.py",
     "server/flower_runtime.py",
     "simulation/grid.py",
 }

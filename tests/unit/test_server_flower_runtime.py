@@ -1,34 +1,295 @@
-"""A coordinator whose flower-superlink has gone ends with one line, in bounded time."""
+"""A run is hosted to its end, whatever flower-superlink does, and a person can always end it."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import logging
+import os
+import signal
+import threading
 
 import httpx
 import pytest
-from flwr.supercore.run import RunNotRunningException
+from flwr.common.constant import Status, SubStatus
 
-from server import flower_runtime
-from server.flower_runtime import GOODBYE_SECONDS, RECONNECT_SECONDS, _serve
-from strategies.errors import FederationError
+from fakes.superlinks import Superlink
+from server import flower_runs, flower_runtime
+from server.flower_runtime import host_run
+from strategies.errors import ConfigError, FederationError, QuorumError, StoppedError
 from strategies.run_config import RunConfig
 
+RUN = RunConfig.parse({"num-server-rounds": 2, "strategy.wait-seconds": 5.0})
 
-@pytest.mark.parametrize("error", [httpx.ConnectError("refused"), RunNotRunningException()])
-def test_a_superlink_that_has_gone_ends_the_run_in_a_line(monkeypatch, error):
-    retries = SimpleNamespace(max_time=None)
-    allowed = []
 
-    def gone(request):
-        allowed.append(retries.max_time)
-        raise error
+@pytest.fixture
+def superlink(monkeypatch) -> Superlink:
+    superlink = Superlink()
+    superlink.install(monkeypatch)
+    monkeypatch.setattr(flower_runtime, "build_fab", lambda: b"fab")
+    for module, name in (
+        (flower_runtime, "POLL_SECONDS"),
+        (flower_runtime, "RETRY_SECONDS"),
+        (flower_runs, "POLL_SECONDS"),
+    ):
+        monkeypatch.setattr(module, name, 0.001)
+    return superlink
 
-    client = SimpleNamespace(PullTaskInput=gone, PushTaskOutput=gone)
-    grid = SimpleNamespace(_retry_invoker=retries, _runtime_client=client, close=lambda: None)
-    idle = SimpleNamespace(start=lambda: None, stop=lambda: None)
-    monkeypatch.setattr(flower_runtime, "HttpGrid", lambda *words, **options: grid)
-    monkeypatch.setattr(flower_runtime, "HeartbeatSender", lambda function: idle)
-    with pytest.raises(FederationError, match="stopped answering or ended the run") as caught:
-        _serve("127.0.0.1:1", "token", RunConfig(), lambda grid, context: None)
-    assert "--resume" in caught.value.hint
-    assert allowed == [RECONNECT_SECONDS, GOODBYE_SECONDS]
+
+@pytest.fixture
+def hosted(superlink, tmp_path):
+    """Hosts a run whose ServerApp is the function given."""
+    for name in ("ca.pem", "superlink.secret"):
+        (tmp_path / name).write_bytes(b"x" * 32)
+
+    def host(main) -> None:
+        host_run(
+            address="127.0.0.1:1",
+            ca_file=tmp_path / "ca.pem",
+            secret_file=tmp_path / "superlink.secret",
+            run=RUN,
+            main=main,
+        )
+
+    return host
+
+
+def ask(grid) -> None:
+    assert list(grid.get_node_ids()) == []
+
+
+def test_a_run_is_submitted_executed_and_ended(superlink, hosted):
+    configurations = []
+
+    def main(grid, context):
+        ask(grid)
+        configurations.append(context.run_config)
+
+    hosted(main)
+    assert configurations == [RUN.flatten()]
+    assert superlink.last.sub_status == SubStatus.COMPLETED
+    wanted = ["start-run", "acquire-task", "pull-task-input", "get-nodes", "push-task-output"]
+    assert [name for name in superlink.calls if name in wanted] == wanted
+    assert "send-task-heartbeat" in superlink.calls
+
+
+def test_a_superlink_that_was_never_there(superlink, hosted):
+    superlink.down = -1
+    with pytest.raises(FederationError, match=r"127\.0\.0\.1:1 does not answer") as caught:
+        hosted(lambda grid, context: pytest.fail("executed"))
+    assert caught.value.hint == "start it with `python -m server superlink`"
+
+
+def test_a_short_outage_is_sat_out(superlink, hosted, caplog):
+    caplog.set_level(logging.INFO)
+
+    def main(grid, context):
+        superlink.down = 3
+        ask(grid)
+
+    hosted(main)
+    assert list(superlink.runs) == [1]
+    assert caplog.text.count("flower-superlink does not answer (ConnectError)") >= 1
+    assert "flower-superlink answers again after" in caplog.text
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+def test_a_run_that_was_given_up_is_submitted_again(superlink, hosted, caplog, renewed):
+    begun = []
+
+    def main(grid, context):
+        begun.append(context.run_id)
+        if len(begun) == 1:
+            superlink.last.finish(SubStatus.FAILED, "No heartbeat received from the task")
+            if renewed:  # its database is gone, and with it the run
+                superlink.runs.clear()
+        ask(grid)
+
+    hosted(main)
+    assert begun == [1, 2]
+    assert superlink.runs[2].sub_status == SubStatus.COMPLETED
+    reason = "does not know it" if renewed else "No heartbeat received from the task"
+    assert reason in caplog.text
+    assert "flower_run_id=1 is lost" in caplog.text
+
+
+def test_a_superlink_that_stays_away_for_long_is_waited_for(superlink, hosted, caplog, monkeypatch):
+    monkeypatch.setattr(flower_runtime, "LEASE_SECONDS", 0.01)
+    begun = []
+
+    def main(grid, context):
+        begun.append(context.run_id)
+        if len(begun) == 1:
+            superlink.runs[1].finish(SubStatus.FAILED)
+            superlink.down = 200
+        ask(grid)
+
+    hosted(main)
+    assert begun == [1, 2]
+    assert "waiting up to 5 s for flower-superlink" in caplog.text
+
+
+def test_the_wait_for_it_ends(superlink, hosted, monkeypatch):
+    monkeypatch.setattr(flower_runtime, "LEASE_SECONDS", 0.01)
+    monkeypatch.setattr(flower_runs.time, "monotonic", ticking(flower_runs.time.monotonic))
+
+    def main(grid, context):
+        superlink.down = -1
+        ask(grid)
+
+    with pytest.raises(FederationError, match="does not answer"):
+        hosted(main)
+
+
+def ticking(monotonic):
+    """A clock on which every look takes a second."""
+    looks = iter(range(10**6))
+    return lambda: monotonic() + next(looks)
+
+
+def test_a_run_that_somebody_stopped_is_not_submitted_again(superlink, hosted):
+    def main(grid, context):
+        superlink.last.finish(SubStatus.STOPPED)
+        ask(grid)
+
+    with pytest.raises(StoppedError, match="stopped through flower-superlink") as caught:
+        hosted(main)
+    assert caught.value.exit_code == 130
+    assert list(superlink.runs) == [1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_person_ends_the_run_and_flower_is_told(superlink, hosted, number, capfd):
+    before = signal.getsignal(number)
+
+    def main(grid, context):
+        os.kill(os.getpid(), number)
+        pytest.fail("went on")
+
+    with pytest.raises(StoppedError, match="interrupted"):
+        hosted(main)
+    assert superlink.last.sub_status == SubStatus.STOPPED
+    assert signal.getsignal(number) is before
+    assert "once more leaves at once" in capfd.readouterr().err
+
+
+def test_a_second_signal_leaves_at_once(superlink, hosted, monkeypatch):
+    class LeftError(BaseException):
+        """In place of the end of this process."""
+
+    def leave(code):
+        raise LeftError(code)
+
+    monkeypatch.setattr(flower_runtime.os, "_exit", leave)
+
+    def main(grid, context):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(LeftError, match="130"):
+        hosted(main)
+
+
+def test_a_person_ends_the_wait_for_a_superlink(superlink, hosted):
+    def interrupt(name):
+        if name == "start-run" and len(superlink.runs) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    superlink.on_call = interrupt
+
+    def main(grid, context):
+        superlink.last.finish(SubStatus.FAILED)
+        ask(grid)
+
+    with pytest.raises(StoppedError, match="interrupted"):
+        hosted(main)
+
+
+def test_a_superlink_that_cannot_be_told_of_the_end_is_not_waited_for(superlink, hosted, caplog):
+    def main(grid, context):
+        superlink.down = -1
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(StoppedError):
+        hosted(main)
+    assert "flower-superlink was not told of its end (ConnectError)" in caplog.text
+
+
+def test_a_failure_of_the_run_ends_it_at_flower_too(superlink, hosted):
+    def main(grid, context):
+        raise QuorumError("too few")
+
+    with pytest.raises(QuorumError, match="too few"):
+        hosted(main)
+    assert superlink.last.status == Status.FINISHED
+
+
+def test_the_end_of_a_complete_run_needs_no_superlink(superlink, hosted, monkeypatch, caplog):
+    monkeypatch.setattr(flower_runtime, "GOODBYE_SECONDS", 0.01)
+
+    def main(grid, context):
+        superlink.down = -1
+
+    hosted(main)
+    assert "did not take note of the end" in caplog.text
+
+
+def test_nothing_here_sends_a_signal(superlink, hosted, monkeypatch):
+    """Flower's own retries answer a refused token with SIGINT, its heartbeat too."""
+    monkeypatch.setattr(os, "kill", lambda *words: pytest.fail("signal"))
+    monkeypatch.setattr(signal, "raise_signal", lambda *words: pytest.fail("signal"))
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+
+    def main(grid, context):
+        superlink.last.finish(SubStatus.STOPPED)
+        ask(grid)
+
+    with pytest.raises(StoppedError):
+        hosted(main)
+    assert failed == []
+
+
+def test_a_run_that_nobody_hosts_does_not_stand_before_ours(superlink, hosted, caplog):
+    superlink.add()
+    hosted(lambda grid, context: ask(grid))
+    assert [run.sub_status for run in superlink.runs.values()] == ["stopped", "completed"]
+    assert "flower_run_id=1: nobody hosts it" in caplog.text
+
+
+def test_an_executor_that_takes_the_run_is_named(superlink, hosted):
+    superlink.executor_takes = True
+    with pytest.raises(FederationError, match="another executor took the run") as caught:
+        hosted(lambda grid, context: pytest.fail("executed"))
+    assert "flwr run" in caught.value.hint
+    assert superlink.last.sub_status == SubStatus.STOPPED
+
+
+def test_a_superlink_that_hands_out_nothing(superlink, hosted, monkeypatch):
+    monkeypatch.setattr(flower_runtime, "CLAIM_SECONDS", 0.0)
+    with pytest.raises(FederationError, match="did not hand out the run within 0 s"):
+        hosted(lambda grid, context: pytest.fail("executed"))
+    assert superlink.last.sub_status == SubStatus.STOPPED
+
+
+def test_a_superlink_that_refuses_the_run(superlink, hosted):
+    superlink.refused = {"start-run"}
+    with pytest.raises(FederationError, match="answered HTTP 500") as caught:
+        hosted(lambda grid, context: pytest.fail("executed"))
+    assert "--state-dir" in caught.value.hint
+
+
+def test_another_authoritys_certificate(superlink, hosted):
+    def refuse(name):
+        raise httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
+
+    superlink.on_call = refuse
+    with pytest.raises(FederationError, match="has no certificate of this federation"):
+        hosted(lambda grid, context: pytest.fail("executed"))
+
+
+@pytest.mark.parametrize("name", ["ca.pem", "superlink.secret"])
+def test_a_state_folder_without_its_files(hosted, tmp_path, name):
+    (tmp_path / name).unlink()
+    with pytest.raises(ConfigError, match=rf"{name} cannot be read"):
+        hosted(lambda grid, context: pytest.fail("executed"))

@@ -121,11 +121,10 @@ class EnrolmentRequest(_Document):
         """Make a site's request from its private keys, of which nothing is in it."""
         public, wrap = _raw(signing_key.public_key()), _raw(wrap_key.public_key())
         possession = canonical(_statement(NODE_PURPOSE, site, public))
-        node_text = node_key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
         return cls(
             created=_now(),
             site=site,
-            node_public_key=node_text.decode(),
+            node_public_key=_openssh(node_key.public_key()),
             signing_public_key=public,
             wrap_public_key=wrap,
             wrap_signature=_text(sign(signing_key, _statement(WRAP_PURPOSE, site, wrap))),
@@ -158,6 +157,8 @@ class EnrolmentRequest(_Document):
                 isinstance(node, ec.EllipticCurvePublicKey) and isinstance(node.curve, ec.SECP384R1)
             ):
                 raise ConfigError("node_public_key is not an EC P-384 key")
+            if _openssh(node) != self.node_public_key:  # its reader skips whatever follows the key
+                raise ConfigError("node_public_key is not the key alone")
             node.verify(
                 _bytes(self.node_signature, "node_signature"),
                 possession,
@@ -245,6 +246,10 @@ def _raw(key: Ed25519PublicKey | X25519PublicKey) -> str:
     return _text(key.public_bytes(Encoding.Raw, PublicFormat.Raw))
 
 
+def _openssh(key: ec.EllipticCurvePublicKey) -> str:
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
 def _public(text: str, kind: type[PublicKey], name: str) -> PublicKey:
     try:
         return kind.from_public_bytes(_bytes(text, name))
@@ -258,9 +263,12 @@ def _text(data: bytes) -> str:
 
 def _bytes(text: str, name: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        data = base64.b64decode(text, validate=True)
     except ValueError as error:
         raise ConfigError(f"{name} is not base64") from error
+    if _text(data) != text:  # its last letter may have bits that no byte needs
+        raise ConfigError(f"{name} is not base64 as it is written here")
+    return data
 
 
 def _now() -> str:

@@ -18,12 +18,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from strategies.enrolment import SiteName
-from strategies.errors import RefusalError
+from strategies.errors import ConfigError, RefusalError
 from strategies.identity import canonical, sign, verify_bytes
 from strategies.run_config import RunConfig, Scalar, explain
 
 # Flower's node authentication accepts clocks that differ by as much.
 CLOCK_TOLERANCE_SECONDS = 300
+
+Milliseconds = Annotated[int, Field(ge=0, lt=2**53)]  # exact in any reader of JSON
 
 
 class RunManifest(BaseModel):
@@ -47,8 +49,8 @@ class RunManifest(BaseModel):
     run_config: dict[str, Scalar]
     cohort: Annotated[tuple[SiteName, ...], Field(min_length=1)]
     code_sha256: str
-    issued_ms: int
-    expires_ms: int
+    issued_ms: Milliseconds
+    expires_ms: Milliseconds
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ class Order:
 
         Raises:
             SignatureError: The order key did not sign these bytes.
-            RefusalError: Another federation or version, expired, or from the future.
-            ConfigError: Its settings are not valid here.
+            RefusalError: Another federation or version, expired, from the future, or with settings
+                that are not valid here.
         """
         verify_bytes(key, text.encode(), signature)
         try:
@@ -121,4 +123,8 @@ class Order:
                 f"the order was issued {ahead:.0f} s from now by this site's clock; "
                 f"tolerance {CLOCK_TOLERANCE_SECONDS} s",
             )
-        return cls(manifest, RunConfig.parse(manifest.run_config), text, signature)
+        try:
+            run = RunConfig.parse(manifest.run_config)
+        except ConfigError as error:
+            raise RefusalError("bad-order", str(error)) from None
+        return cls(manifest, run, text, signature)

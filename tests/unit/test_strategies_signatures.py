@@ -36,6 +36,8 @@ CHANGES: dict[str, object] = {
     "site": "B",
     "reason": "other",
     "num-examples": 18,
+    "code-sha256": "0" * 64,
+    "version": "9.9",
     "signature": b"\x00" * 64,
 }
 

@@ -144,15 +144,17 @@ def _superlink(config: SiteConfig) -> Iterator[Finding]:
         yield Finding("FAIL", "superlink", "not tried without a valid membership")
         return
     answer = ask(member.address, member.ca_path)
-    where = f"superlink={member.address}"
     if answer.problem:
-        yield Finding("FAIL", "superlink", f"{where} {answer.problem}")
+        yield Finding("FAIL", "superlink", f"{member.address} {answer.problem}")
     elif answer.status >= 500:
-        text = f"{where} answers {answer.status}: the gateway is there, flower-superlink is not"
+        text = (
+            f"{member.address} answers {answer.status}: the gateway is there, the superlink is not"
+        )
         yield Finding("FAIL", "superlink", text)
     else:
         # 404 is a gateway that shows this request nothing: reached all the same.
-        yield Finding("ok", "superlink", f"{where} reached over TLS, status={answer.status}")
+        text = f"{member.address} reached over TLS, status={answer.status}"
+        yield Finding("ok", "superlink", text)
     if answer.refused:
         yield Finding("FAIL", "certificate", answer.refused)
     elif answer.expiry:

@@ -18,26 +18,43 @@ import pytest
 import client.__main__
 import server.__main__
 import simulation.run
+from fakes.coordinators import Coordinator
+from server.federation import Federation
+from strategies.enrolment import EnrolmentRequest
 from strategies.errors import ConfigError
 
-SERVER = ["--debug", "--help", "--insecure", "--port VALUE", "--state-dir VALUE"]
+SERVER = ["--debug", "--help", "--state-dir VALUE"]
 SITE = ["--config VALUE", "--debug", "--help", "--site VALUE"]
 
 SURFACE = {
-    "python -m client": [*SITE, "--insecure"],
+    "python -m client": [*SITE, "--print-systemd"],
     "python -m client audit": [*SITE, "--verify"],
+    "python -m client check": SITE,
     "python -m client init": ["--allow-unprotected", *SITE],
+    "python -m client join": [*SITE, "--fingerprint VALUE", "FILE"],
     "python -m server": ["--help"],
+    "python -m server admit": [*SERVER, "--fingerprint VALUE", "--output VALUE", "FILE"],
+    "python -m server audit": [*SERVER, "--verify"],
+    "python -m server init": [
+        *SERVER,
+        "--address VALUE",
+        "--demo",
+        "--min-cohort VALUE",
+        "--name VALUE",
+        "--port VALUE",
+        "--renew",
+        "--san VALUE",
+    ],
+    "python -m server revoke": [*SERVER, "SITE"],
     "python -m server run": [
         *SERVER,
-        "--federation VALUE",
         "--output VALUE",
         "--resume VALUE",
         "--run-config VALUE",
         "--set VALUE",
-        "--site-keys VALUE",
     ],
-    "python -m server superlink": [*SERVER, "--print"],
+    "python -m server status": [*SERVER, "--json"],
+    "python -m server superlink": [*SERVER, "--executor", "--print"],
     "python simulation/run.py": [
         "--data-dir VALUE",
         "--debug",
@@ -58,15 +75,16 @@ MAINS = {
 
 
 def surface(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
-    """Options of a parser and, under their own names, of its commands."""
+    """Arguments of a parser and, under their own names, those of its commands."""
     options, commands = [], {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
                 commands |= surface(command)
-        else:
-            assert action.option_strings, f"{action.dest} is a positional argument"
+        elif action.option_strings:
             options.append(action.option_strings[-1] + (" VALUE" if action.nargs is None else ""))
+        else:
+            options.append(str(action.metavar))
     return {parser.prog: sorted(options), **commands}
 
 
@@ -194,52 +212,94 @@ def test_a_client_needs_its_site():
     assert (str(error), error.hint) == ("--site is missing", "python -m client --site A")
 
 
-def site_file(folder, superlink: str):
+def site_file(folder, superlink: str = ""):
     path = folder / "A.toml"
     path.write_text(f'site = "A"\nsuperlink = "{superlink}"\n[data]\ndataset = "phantom"\n')
     return path
 
 
-@pytest.mark.parametrize(
-    "superlink", ["192.0.2.1:8000", "hub.example:8000", "0.0.0.0:8000", "127.0.0.1.example:8000"]
-)
-def test_insecure_is_refused_for_any_address_but_loopback(tmp_path, superlink):
+@pytest.mark.parametrize("superlink", ["", "127.0.0.1:8000"])
+def test_a_site_that_joined_no_federation_does_not_run(tmp_path, superlink):
     path = site_file(tmp_path, superlink)
-    error = refusal(client.__main__, "--site", "A", "--config", str(path), "--insecure")
-    assert str(error).startswith(f"--insecure with superlink={superlink}: refused")
-    assert error.hint == "--insecure is for 127.0.0.1, ::1 and localhost only"
-
-
-def test_without_insecure_there_is_no_silent_plain_connection(tmp_path):
-    path = site_file(tmp_path, "127.0.0.1:8000")
     error = refusal(client.__main__, "--site", "A", "--config", str(path))
-    assert "without --insecure needs TLS" in str(error)
-    for words in (["superlink"], ["run"]):
-        assert "without --insecure needs TLS" in str(refusal(server.__main__, *words))
+    assert str(error) == "site=A has joined no federation: join.json is missing"
+    assert error.hint == "python -m client join FILE --site A, with the coordinator's file"
 
 
-@pytest.mark.parametrize("command", ["run", "superlink"])
+def test_the_unit_is_printed_for_the_node_alone(tmp_path, capsys):
+    words = ["--site", "A", "--config", str(tmp_path / "A.toml")]
+    assert client.__main__.command(["init", *words]) == 0
+    capsys.readouterr()
+    assert client.__main__.command([*words, "--print-systemd"]) == 0
+    assert f"ExecStart={sys.executable} -m client --site A " in capsys.readouterr().out
+    error = refusal(client.__main__, "--print-systemd", "check", *words)
+    assert str(error) == "--print-systemd goes without check"
+
+
+def test_a_site_says_where_it_connects_before_it_does(tmp_path, capsys, monkeypatch):
+    words = ["--site", "A", "--config", str(tmp_path / "A.toml")]
+    client.__main__.command(["init", *words])
+    request = EnrolmentRequest.parse((tmp_path / "state" / "A" / "A.enroll.json").read_text())
+    document = Coordinator().admit(request, address="hub.example:443")
+    (tmp_path / "A.join.json").write_text(document.to_json())
+    joined = ["join", str(tmp_path / "A.join.json"), "--fingerprint", document.fingerprint]
+    assert client.__main__.command([*joined, *words]) == 0
+    connected = []
+    monkeypatch.setattr("client.flower_runtime.run_node", connected.append)
+    capsys.readouterr()
+    assert client.__main__.command(words) == 0
+    said = dict(word.split("=", 1) for word in capsys.readouterr().out.split())
+    assert said["superlink"] == "hub.example:443"
+    assert said["federation"] == "lungs"
+    assert said["public_key"] == request.fingerprint
+    assert [site.membership.document for site in connected] == [document]
+
+
 @pytest.mark.parametrize("port", ["0", "65536", "-1"])
-def test_a_port_out_of_range_is_refused(command, port):
-    error = refusal(server.__main__, command, "--insecure", "--port", port)
-    assert str(error) == f"--port {port}: expected 1 to 65535"
+def test_a_port_out_of_range_is_refused(tmp_path, port):
+    words = ["--address", "127.0.0.1:9000", "--port", port, "--state-dir", str(tmp_path / "state")]
+    error = refusal(server.__main__, "init", *words)
+    assert str(error).startswith(f"port={port}: ")
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["admit", "A.enroll.json"],
+        ["audit"],
+        ["revoke", "A"],
+        ["run", "--output", "x"],
+        ["status"],
+        ["superlink"],
+    ],
+)
+def test_every_command_but_init_needs_a_federation(tmp_path, words):
+    error = refusal(server.__main__, *words, "--state-dir", str(tmp_path / "none"))
+    assert str(error) == f"state-dir={tmp_path / 'none'} has no federation"
+    assert error.hint.startswith("python -m server init --address hub.example.org:443")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_superlink_print_shows_the_whole_command_line(tmp_path, capsys):
     state = tmp_path / "state"
-    words = ["superlink", "--insecure", "--print", "--port", "9000", "--state-dir", str(state)]
+    Federation.create(state, name="test", address="127.0.0.1:9000", port=9000)
+    words = ["superlink", "--print", "--state-dir", str(state)]
     assert server.__main__.command(words) == 0
     first = capsys.readouterr().out
     line = shlex.split(first)
-    assert os.path.basename(line[0]) == "flower-superlink"
+    assert "flower-superlink" in [os.path.basename(word) for word in line]
     for option, value in (
         ("--host", "127.0.0.1"),
         ("--port", "9000"),
         ("--isolation", "process"),
+        ("--ssl-certfile", str(state / "server.pem")),
         ("--superexec-auth-secret-file", str(state / "superlink.secret")),
         ("--database", str(state / "superlink.sqlite")),
     ):
         assert line[line.index(option) + 1] == value
+    assert "--enable-supernode-auth" in line
+    assert "--insecure" not in line
     secret = state / "superlink.secret"
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
     content = secret.read_bytes()

@@ -5,10 +5,12 @@ import socket
 import stat
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 
 import client.__main__
 from client import check, probe
@@ -21,7 +23,6 @@ from strategies.code import code_sha256
 from strategies.errors import FederationError
 
 PHANTOM = '[data]\ndataset = "phantom"'
-PROTECTED = "require-privacy = true\nrequire-encryption = true"
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_a_site_that_lacks_nothing(site, coordinator, tmp_path, capsys):
     assert "70 training images (normal=22, benign=27, malignant=21)" in shown["data"]
     assert shown["splits"].endswith("train=70 val=25 test=25")
     assert "40 in 120 images" in shown["patients"]
-    assert f"superlink={address} reached over TLS, status=200" in shown["superlink"]
+    assert f"{address} reached over TLS, status=200" in shown["superlink"]
     assert "396 days" in shown["certificate"]
     assert code_sha256() in shown["code"]
     assert {path.name for path in config.state_dir.iterdir()} == before
@@ -401,7 +402,7 @@ def test_a_name_that_nobody_knows_fails(site, coordinator, tmp_path, monkeypatch
     enter(config, coordinator, tmp_path, "hub.example:443")
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     found = run(config, "superlink")
-    assert "superlink=hub.example:443 has a name that is not known here" in str(found["superlink"])
+    assert "hub.example:443 has a name that is not known here" in str(found["superlink"])
 
 
 def test_the_sites_own_address_is_tried(coordinator, tmp_path, site):
@@ -431,6 +432,19 @@ def test_limits_under_which_nothing_runs_are_said(site, old, new, problem):
 def test_the_installed_code_may_be_the_only_one_allowed(site):
     allowed = f'[limits]\nallowed-code = ["{code_sha256()}"]'
     assert run(site(limits=("[limits]", allowed)), "policy")["policy"].level == "ok"
+
+
+def test_a_requirement_that_a_run_can_meet_is_no_warning(site, monkeypatch):
+    class Protected(BaseModel):
+        mode: Literal["off", "on"] = "off"
+
+    config = site(
+        privacy=("require-privacy = false", "require-privacy = true"),
+        encryption=("require-encryption = false", "require-encryption = true"),
+    )
+    monkeypatch.setattr("strategies.run_config.PrivacySection", Protected)
+    monkeypatch.setattr("strategies.run_config.EncryptionSection", Protected)
+    assert run(config, "policy")["policy"].level == "ok"
 
 
 def test_a_log_that_was_edited_fails(site):

@@ -167,7 +167,7 @@ def test_an_address_is_no_url(write, superlink):
 
 
 @pytest.mark.parametrize(
-    "superlink", ["hub.example:443", "hub_1:80", "[::1]:8000", "10.0.0.1:65535"]
+    "superlink", ["", "hub.example:443", "hub_1:80", "[::1]:8000", "10.0.0.1:65535"]
 )
 def test_usual_addresses_are_accepted(write, superlink):
     config = read_site_config(write(f'superlink = "{superlink}"\n' + MINIMAL))

@@ -85,6 +85,14 @@ def test_a_users_number_serves_where_the_name_is_unknown(tmp_path, monkeypatch):
 AWKWARD = ("plain", "two words", "50%h", "$HOME", 'quo"te', "apo'strophe", "back\\slash", "semi;c")
 
 
+def test_what_systemd_would_expand_is_escaped(tmp_path):
+    config, path = make(tmp_path / 'a %h $HOME "b"')
+    found = settings(unit(config, path))
+    escaped = f'{tmp_path}/a %%h {{}} \\"b\\"'
+    assert found["ExecStart"].endswith(f' --config "{escaped.format("$$HOME")}/A.toml"')
+    assert found["ReadWritePaths"] == f'"{escaped.format("$HOME")}/state/A"'
+
+
 def verify(text: str, folder) -> str:
     """What systemd has to say."""
     path = folder / "medmamba-federation-A.service"

@@ -5,8 +5,8 @@ The first two register what it needs beside the run configuration, and call it. 
 it opens the coordinator's state folder, which the executor's environment names, and hosts a run by
 itself.
 
-Invariant: what it needs is on this machine, never sent over the wire; and what runs is what is
-installed here, although Flower unpacks a bundle of code with each run and puts it first.
+Invariant: what it needs is on this machine, never sent over the wire; and what hosts a run is what
+is installed here, although Flower unpacks a bundle of code with each run and puts it first.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ import logging
 import os
 import sys
 import uuid
-from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from server.rounds import Settings, execute
 from strategies.errors import ConfigError
-from strategies.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from server.rounds import Settings
 
 log = logging.getLogger(__name__)
 
-STATE_VARIABLE = "FEDERATION_STATE"
+# Set by `python -m server superlink --executor`: the coordinator's state folder, and where this
+# project is installed.
+STATE_VARIABLE, CODE_VARIABLE = "FEDERATION_STATE", "FEDERATION_CODE"
+PACKAGES = ("client", "medmamba", "server", "strategies")
 RUNS = "runs"
-BUNDLED = ("client", "medmamba", "server", "strategies")
 
 app = ServerApp()
 
@@ -47,13 +49,15 @@ class _Host:
 def main(grid: Grid, context: Context) -> None:
     """Execute the run that this process hosts, or host the one that Flower submitted."""
     if _Host.settings is not None:
+        from server.rounds import execute
+
         _Host.summary = execute(grid, _Host.settings)
     elif state := os.environ.get(STATE_VARIABLE):
         _use_installed_code()
         importlib.import_module("server.app").host(grid, context, Path(state))
     else:
         raise ConfigError(
-            f"this process hosts no run and {STATE_VARIABLE} names no state folder",
+            f"this process hosts no run, and {STATE_VARIABLE} names no state folder",
             hint="`python -m server run`, or `flwr run` with `python -m server superlink "
             "--executor` running",
         )
@@ -88,7 +92,9 @@ def host(grid: Grid, context: Context, state_dir: Path) -> Path:
     from server.console import finish, shown_rounds
     from server.federation import Federation
     from server.hosting import hosting
+    from server.rounds import execute
     from server.session import begin, check_federation, create_directory, noted
+    from strategies.run_config import RunConfig
 
     # The lines that `flwr log` shows; Flower has its own for its own.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -112,18 +118,19 @@ def host(grid: Grid, context: Context, state_dir: Path) -> Path:
 def _use_installed_code() -> None:
     """Forget the bundle that this module was loaded from, so that imports find what is installed.
 
+    Nothing that counts has been imported from it: this module imports what it needs when it runs.
+
     Raises:
-        ConfigError: Nothing is installed beside the bundle.
+        ConfigError: The environment does not say where that is.
     """
-    bundle = Path(__file__).resolve().parent.parent
-    others = [entry for entry in sys.path if Path(entry).resolve() != bundle]
-    installed = PathFinder.find_spec("server", others)
-    if installed is None:
+    installed = os.environ.get(CODE_VARIABLE)
+    if not installed:
         raise ConfigError(
-            "this project is not installed beside the bundle that Flower unpacked",
-            hint="pip install it into the Python that runs `python -m server superlink`",
+            f"{STATE_VARIABLE} without {CODE_VARIABLE}: nobody says what code to trust",
+            hint="start the executor with `python -m server superlink --executor`",
         )
-    if installed.origin != __file__:
-        sys.path[:] = others
-        for name in [name for name in sys.modules if name.partition(".")[0] in BUNDLED]:
+    bundle = Path(__file__).resolve().parent.parent
+    if bundle != Path(installed):
+        sys.path[:] = [installed, *(p for p in sys.path if Path(p).resolve() != bundle)]
+        for name in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
             del sys.modules[name]

@@ -29,6 +29,7 @@ COLOURS = {"refused": "yellow", "dropped": "red", "missing": "yellow"}
 CONTRIBUTED, MISSED, ABSENT = "●", "○", " "
 # A longer row of marks is not read any more.
 MAX_MARKS = 60
+MAX_SITES = 20
 
 ShowRound = Callable[[RoundResult], None]
 
@@ -50,11 +51,12 @@ def shown_rounds(run: RunConfig) -> Generator[ShowRound]:
     if not (console.is_terminal and sys.stderr.isatty()):
         yield show
         return
+    screen = sys.stderr
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     handlers = [
         handler
         for handler in logging.getLogger().handlers
-        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr
+        if isinstance(handler, logging.StreamHandler) and handler.stream is screen
     ]
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=run.num_server_rounds)
@@ -71,7 +73,7 @@ def shown_rounds(run: RunConfig) -> Generator[ShowRound]:
         finally:
             for handler in handlers:
                 handler.removeFilter(_is_news)
-                handler.setStream(sys.__stderr__)
+                handler.setStream(screen)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -118,9 +120,8 @@ def round_lines(run: RunConfig, result: RoundResult) -> list[Text]:
 def finish(path: Path, summary: Mapping[str, Any]) -> int:
     """Write a run's report and print its last lines; returns the exit code."""
     write_report(path)
-    text = "\n".join(
-        [result_lines(summary, path), *contribution_lines(read_progress(RunDirectory(path)))]
-    )
+    contributed = contribution_lines(read_progress(RunDirectory(path)))
+    text = "\n".join([*contributed, "", result_lines(summary, path)])
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding))
     return 0
@@ -129,18 +130,26 @@ def finish(path: Path, summary: Mapping[str, Any]) -> int:
 def contribution_lines(progress: Progress) -> list[str]:
     """Return who contributed when: a line a site, a mark a round.
 
-    ``●`` contributed, ``○`` did not; a gap: the site was not in the run then.
+    ``●`` contributed, ``○`` did not; a gap: the site was not in the run then. Of many sites only
+    those are listed that missed a round.
     """
     rounds = sorted(progress.rounds)
-    width = max((len(site) for site in progress.sites), default=0)
+    listed = progress.sites
+    if len(listed) > MAX_SITES:
+        missed = {site: done for site, done in listed.items() if _missed(done)}
+        listed = dict(list(missed.items())[:MAX_SITES])
+    width = max((len(site) for site in listed), default=0)
     lines = []
-    for site, done in progress.sites.items():
+    for site, done in listed.items():
         contributed = sum(entry.status == "ok" for entry in done.values())
         marks = "".join(_mark(done.get(where)) for where in rounds)
         shown = f"{marks}  " if len(rounds) <= MAX_MARKS else ""
         line = f"{site:<{width}}  {shown}{contributed} of {len(rounds)} rounds"
         lines.append("; ".join([line, *_missed(done)]))
-    return lines
+    if len(listed) < len(progress.sites):
+        always = sum(not _missed(done) for done in progress.sites.values())
+        lines.append(f"{always} of {len(progress.sites)} sites missed no round")
+    return ["who contributed when", *lines]
 
 
 def _missed(done: Mapping[int, SiteRound]) -> list[str]:

@@ -86,6 +86,8 @@ def executor_environment(federation: Federation) -> dict[str, str]:
         # It starts flwr-serverapp by that name alone.
         "PATH": os.pathsep.join([programs, os.environ.get("PATH", os.defpath)]),
         "FEDERATION_STATE": str(federation.state_dir.resolve()),
+        # What is installed, for server/app.py: Flower puts the code that a run brings first.
+        "FEDERATION_CODE": str(Path(__file__).resolve().parent.parent),
     }
 
 

@@ -54,7 +54,7 @@ def parser() -> cli.Parser:
 def command(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code."""
     options = parser().parse_args(arguments)
-    from server.command import finish
+    from server.console import finish
     from server.run_directory import RunDirectory, require_new
     from simulation import experiment
     from simulation.scenario import parse_scenario, read_scenario

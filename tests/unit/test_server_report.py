@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fakes.report_files import FILES, render, visible, write_files
-from server.command import result_lines
+from server.console import result_lines
 from server.report import write_report
 from strategies.errors import ConfigError
 
@@ -231,6 +231,18 @@ def test_optional_files_and_keys_may_be_absent(tmp_path):
     assert "Data by site" not in words
     assert "Command" not in words
     assert "None: every reply of every round was used." in words
+
+
+def test_the_report_lists_who_contributed_when(tmp_path):
+    def change(files):
+        files["history.jsonl"] += [
+            {"type": "site", "server_round": 2, "site": "E", "status": "missing", "reason": "away"}
+        ]
+
+    _, words = render(tmp_path, change)
+    start, end = words.index("Who contributed when"), words.index("Replies that were not used")
+    # Those who missed a round come first.
+    assert words[start:end].split("Which ")[1].startswith("C 2 of 3 1, 3 E 0 of 3 none A 3 of 3 1-3")
 
 
 def test_unused_replies_are_grouped_by_site_and_reason(plain):

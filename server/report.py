@@ -193,6 +193,8 @@ def _context(
         "spread_sites": len(sites) - len(named),
         "charts": _charts(history, sites, indices, summary.best_round),
         "partition": _partition(partition),
+        "contributions": _contributions(history)[:MAX_REPLY_ROWS],
+        "more_sites": max(0, len(history.sites) - MAX_REPLY_ROWS),
         "replies": _replies(history)[:MAX_REPLY_ROWS],
         "more_replies": max(0, len(history.unused) - MAX_REPLY_ROWS),
         "methods": methods(summary),
@@ -354,6 +356,20 @@ def _partition(partition: Partition | None) -> dict[str, Any] | None:
         "rows": rows,
         "what": "images and patients" if known else "images",
     }
+
+
+def _contributions(history: History) -> list[dict[str, str]]:
+    """Return who contributed when; sites that missed a round come first."""
+    rows = [
+        {
+            "site": site,
+            "rounds": ranges(sorted(history.train_losses.get(site, {}))) or "none",
+            "count": f"{len(history.train_losses.get(site, {}))} of {len(history.rounds)}",
+        }
+        for site in history.sites
+    ]
+    whole = f"{len(history.rounds)} of {len(history.rounds)}"
+    return sorted(rows, key=lambda row: row["count"] == whole)
 
 
 def _replies(history: History) -> list[dict[str, str]]:

@@ -184,6 +184,11 @@ class History:
     train_losses: dict[str, dict[int, float | None]] = field(default_factory=dict)
     unused: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
 
+    @property
+    def sites(self) -> list[str]:
+        """All sites that were asked, in name order."""
+        return sorted({*self.train_losses, *(site for site, _, _ in self.unused)})
+
 
 def scrub(value: Any) -> Any:
     """Replace absolute paths in every text of a JSON value by ``[path]``.

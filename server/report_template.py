@@ -269,6 +269,20 @@ row, which the shade shows. Outlined: correct.</p>
 </section>
 {% endif %}
 
+<section aria-labelledby="contributions">
+<h2 id="contributions">Who contributed when</h2>
+<div class="scroll" tabindex="0" role="region" aria-label="Who contributed when">
+<table><thead><tr><th scope="col" class="text">Site</th><th scope="col">Rounds</th>
+<th scope="col" class="text">Which</th></tr></thead>
+<tbody>
+{% for site in contributions %}
+<tr><th scope="row">{{ site.site }}</th><td>{{ site.count }}</td>
+<td class="text">{{ site.rounds }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+{% if more_sites %}<p>{{ more_sites }} more sites are in history.jsonl.</p>{% endif %}
+</section>
+
 <section aria-labelledby="replies">
 <h2 id="replies">Replies that were not used</h2>
 {% if replies %}

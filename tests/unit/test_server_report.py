@@ -242,7 +242,8 @@ def test_the_report_lists_who_contributed_when(tmp_path):
     _, words = render(tmp_path, change)
     start, end = words.index("Who contributed when"), words.index("Replies that were not used")
     # Those who missed a round come first.
-    assert words[start:end].split("Which ")[1].startswith("C 2 of 3 1, 3 E 0 of 3 none A 3 of 3 1-3")
+    rows = words[start:end].split("Which ")[1]
+    assert rows.startswith("D 3 of 6 1, 2, 6 E 0 of 6 none A 6 of 6 1-6 ")
 
 
 def test_unused_replies_are_grouped_by_site_and_reason(plain):

@@ -15,12 +15,13 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.policy import check_run
+from client.policy import check_run, check_steps
 from client.site import Site, registered
 from client.train import check_scan_backend, evaluate, train
 from strategies.arrays import hash_arrays, num_bytes
+from strategies.cli import one_line
 from strategies.errors import FederationError, ProtocolError, RefusalError, SignatureError
-from strategies.records import Instruction, MetricValue, Reply, Task
+from strategies.records import REASON_LENGTH, Instruction, MetricValue, Reply, Task
 from strategies.run_config import SCAN_BACKENDS
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def handle_evaluate(message: Message, context: Context) -> Message:
 def _answer(message: Message, context: Context, kind: str) -> Message:
     """Verify, check, work, sign; turn every failure into a signed refusal."""
     site = registered(context.node_config.get("site"))
+    site.begin_work()
     try:
         reply = replace(_reply(site, message, kind), message_id=message.metadata.message_id)
         site.audit.append(
@@ -104,8 +106,10 @@ def _reply(site: Site, message: Message, kind: str) -> Reply:
     except Exception as error:
         log.exception("site=%s failed", site.name)
         code, text = "failed", f"{type(error).__name__}, see the site's log"
-    log.warning("round=%d site=%s refused=%s: %s", reply.server_round, site.name, code, text)
-    return replace(reply, status="refused", reason=f"{code}: {text}")
+    # What a stranger wrote must not forge a line of the site's log or fill its disk.
+    reason = one_line(f"{code}: {text}", limit=REASON_LENGTH)
+    log.warning("round=%d site=%s refused=%s", reply.server_round, site.name, reason)
+    return replace(reply, status="refused", reason=reason)
 
 
 def _allowed(site: Site, instruction: Instruction, reply: Reply) -> Reply:
@@ -114,6 +118,7 @@ def _allowed(site: Site, instruction: Instruction, reply: Reply) -> Reply:
     site.follow(instruction.order)
     check_run(site.config, run)
     site.check_classes(run.model.num_classes)
+    check_steps(site.config, run, int(site.class_counts().sum()))
     check_scan_backend(site, run)
     kept = site.results.find(instruction) if site.results else None
     if kept is not None:
@@ -124,7 +129,6 @@ def _allowed(site: Site, instruction: Instruction, reply: Reply) -> Reply:
             instruction.task,
         )
         return kept
-    site.begin_work()
     work = _train if instruction.task == "train" else _evaluate
     answer = work(site, instruction, reply)
     if site.results:

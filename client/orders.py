@@ -1,14 +1,17 @@
 """Which order a site follows: the newest it has seen of the federation it joined.
 
 Invariant: a site that has followed an order follows no older one, whoever sends it, also after a
-restart; and a run's settings never change under its name. What cannot be read is not followed.
+restart; and a run's settings never change under its name, also with other runs in between. What
+cannot be read is not followed, and what cannot be recorded neither.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Callable
 from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from strategies.errors import RefusalError
 from strategies.files import write_atomic
@@ -16,41 +19,56 @@ from strategies.identity import canonical
 from strategies.orders import Order
 
 
-def follow(path: Path, order: Order) -> bool:
-    """Remember an order as the newest.
+class _Followed(BaseModel):
+    """What a site remembers of orders.
+
+    Attributes:
+        order_sha256: Names the newest.
+        issued_ms: When it was issued.
+        runs: Every run's name and the hash of its settings.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    order_sha256: str = ""
+    issued_ms: int = -1
+    runs: dict[str, str] = {}
+
+
+def follow(path: Path, order: Order, record: Callable[[], object]) -> None:
+    """Take an order for the newest, unless it is that already.
 
     Args:
-        path: Where the site keeps the newest order's name.
+        path: Where the site remembers orders.
         order: Verified, and allowed by the site.
-
-    Returns:
-        Whether it is another than before.
+        record: Writes a new order into the audit log, before it is followed.
 
     Raises:
         RefusalError: The site follows a newer order, or this run had other settings before, or the
             file cannot be read.
     """
     manifest = order.manifest
+    followed = _read(path)
+    if followed.order_sha256 == order.sha256:
+        return
+    if followed.issued_ms >= manifest.issued_ms:
+        raise RefusalError("order-superseded", "this site follows a newer order")
     settings = hashlib.sha256(canonical(manifest.run_config)).hexdigest()
-    entry = {
-        "order_sha256": order.sha256,
-        "issued_ms": manifest.issued_ms,
-        "run_uuid": manifest.run_uuid,
-        "run_config_sha256": settings,
-    }
+    if followed.runs.get(manifest.run_uuid, settings) != settings:
+        raise RefusalError("run-changed", "this run began with other settings")
+    record()
+    newest = _Followed(
+        order_sha256=order.sha256,
+        issued_ms=manifest.issued_ms,
+        runs={**followed.runs, manifest.run_uuid: settings},
+    )
+    write_atomic(path, newest.model_dump_json(indent=1))
+
+
+def _read(path: Path) -> _Followed:
     try:
-        newest = json.loads(path.read_text()) if path.exists() else None
-        if newest == entry:
-            return False
-        if newest is not None:
-            if newest["issued_ms"] >= manifest.issued_ms:
-                raise RefusalError("order-superseded", "this site follows a newer order")
-            same_run = newest["run_uuid"] == manifest.run_uuid
-            if same_run and newest["run_config_sha256"] != settings:
-                raise RefusalError("run-changed", "this run began with other settings")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _Followed.model_validate_json(path.read_bytes()) if path.exists() else _Followed()
+    except (OSError, ValidationError) as error:
         raise RefusalError(
             "state-unreadable", "the site cannot read which order it follows"
         ) from error
-    write_atomic(path, json.dumps(entry, indent=1))
-    return True

@@ -6,20 +6,22 @@ name the limit and the run's value, never data, because they leave the site.
 
 from __future__ import annotations
 
+import math
+
 from client.site_config import SiteConfig
 from strategies.enrolment import FederationPolicy
 from strategies.errors import RefusalError
-from strategies.orders import RunManifest
+from strategies.orders import Order
 from strategies.run_config import RunConfig
 
 
-def check_order(site: SiteConfig, policy: FederationPolicy, manifest: RunManifest) -> None:
+def check_order(site: SiteConfig, policy: FederationPolicy, order: Order) -> None:
     """Refuse an order that this hospital, or the federation's own policy, does not allow.
 
     Raises:
         RefusalError: With the first rule that the order breaks.
     """
-    limits = site.limits
+    limits, manifest = site.limits, order.manifest
     if site.site not in manifest.cohort:
         _refuse("not-in-cohort", "the order does not name this site")
     smallest = max(limits.min_cohort, policy.min_cohort)
@@ -27,6 +29,12 @@ def check_order(site: SiteConfig, policy: FederationPolicy, manifest: RunManifes
         _refuse("cohort-too-small", f"cohort={len(set(manifest.cohort))}; limit {smallest}")
     if limits.allowed_code and manifest.code_sha256 not in limits.allowed_code:
         _refuse("code-not-allowed", f"code-sha256={manifest.code_sha256} is not allowed here")
+    claim = order.run.strategy.max_num_examples
+    if claim > policy.max_num_examples:
+        _refuse(
+            "cap-too-large",
+            f"strategy.max-num-examples={claim}; the federation promised {policy.max_num_examples}",
+        )
 
 
 def check_run(site: SiteConfig, run: RunConfig) -> None:
@@ -73,6 +81,22 @@ def check_run(site: SiteConfig, run: RunConfig) -> None:
         _refuse(
             "too-much-work",
             f"training.local-steps={run.training.local_steps}; limit {limits.max_local_steps}",
+        )
+
+
+def check_steps(site: SiteConfig, run: RunConfig, num_examples: int) -> None:
+    """Refuse a run whose passes over this site's data take more steps than it allows.
+
+    Raises:
+        RefusalError: With the settings and the limit; not with the number of examples.
+    """
+    settings, limit = run.training, site.limits.max_local_steps
+    steps = settings.local_epochs * math.ceil(num_examples / settings.batch_size)
+    if settings.local_steps == 0 and steps > limit:
+        _refuse(
+            "too-much-work",
+            f"training.local-epochs={settings.local_epochs} with "
+            f"training.batch-size={settings.batch_size} takes too many steps here; limit {limit}",
         )
 
 

@@ -60,9 +60,12 @@ class Results:
         kept = replace(reply, message_id="")
         fields = {name: value for name, value in asdict(kept).items() if name != "update"}
         metadata = {"reply": json.dumps(fields), "sha256": _digest(kept)}
-        write_atomic(self._path(instruction), save(kept.update, metadata=metadata), mode=0o600)
-        newest = sorted(self.folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
-        for old in newest[:-KEEP]:
+        newest = self._path(instruction)
+        write_atomic(newest, save(kept.update, metadata=metadata), mode=0o600)
+        # Whatever the clock says: after it was set back, older answers look newer.
+        others = [path for path in self.folder.glob(f"*{SUFFIX}") if path != newest]
+        others.sort(key=lambda path: path.stat().st_mtime_ns)
+        for old in others[: 1 - KEEP]:
             old.unlink()
 
     def _path(self, instruction: Instruction) -> Path:

@@ -37,7 +37,7 @@ from strategies.run_config import ModelSection
 log = logging.getLogger(__name__)
 
 TEST_READS = "test-reads.json"
-NEWEST_ORDER = "orders.json"
+ORDERS = "orders.json"
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,19 @@ class Site:
         Raises:
             RefusalError: A limit forbids it, or the site follows a newer one.
         """
-        check_order(self.config, self.membership.policy, order.manifest)
-        if follow(self.config.state_dir / NEWEST_ORDER, order):
+        check_order(self.config, self.membership.policy, order)
+        manifest = order.manifest
+
+        def record() -> None:
             self.audit.append(
                 "order-followed",
-                run_uuid=order.manifest.run_uuid,
+                run_uuid=manifest.run_uuid,
                 order_sha256=order.sha256,
-                code_sha256=order.manifest.code_sha256,
-                cohort=",".join(order.manifest.cohort),
+                code_sha256=manifest.code_sha256,
+                cohort=",".join(manifest.cohort),
             )
+
+        follow(self.config.state_dir / ORDERS, order, record)
 
     def begin_work(self) -> None:
         """Start the clock of one instruction; what was aborted before is forgotten."""

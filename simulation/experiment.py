@@ -52,7 +52,7 @@ FEDERATION = "simulation"
 POOLED_SITE = "pooled"
 PARTITION = "partition.json"
 SIMULATED_DEVICE = "auto"
-UNLIMITED = 2**31
+UNLIMITED = 2**63
 ORDER_MS = 365 * 86_400_000
 
 OnReply = Callable[[str], None]
@@ -296,7 +296,7 @@ def _site(
         name=FEDERATION,
         address="",
         ca_certificate="",
-        policy=FederationPolicy(min_cohort=1),  # pyright: ignore[reportCallIssue]
+        policy=FederationPolicy(min_cohort=1, max_num_examples=UNLIMITED),
     )
     membership = Membership(document, address="", ca_path=Path())
     # Replies cannot get lost here, and a kept update a round and site would fill the disk.

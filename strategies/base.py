@@ -28,13 +28,12 @@ from strategies.cli import one_line
 from strategies.errors import ConfigError, FederationError, ProtocolError, QuorumError
 from strategies.evaluation import EvaluationSums
 from strategies.orders import Order
-from strategies.records import Instruction, Reply
+from strategies.records import REASON_LENGTH, Instruction, Reply
 from strategies.run_config import StrategySection
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
-REASON_LENGTH = 200
 # Replies wait at the superlink until their turn, which may come after the deadline.
 GRACE_SECONDS = 120.0
 

@@ -39,6 +39,7 @@ from strategies.run_config import SCAN_BACKENDS
 SCHEMA_VERSION = 3
 METRICS, ENVELOPE = "metrics", "envelope"
 CODE_HASH = r"[0-9a-f]{64}"
+REASON_LENGTH = 200  # of a refusal, as a site sends it and the coordinator keeps it
 
 MetricValue = int | float | list[int] | list[float]
 Task = Literal["train", "val", "test"]

@@ -2,10 +2,12 @@
 
 import pytest
 
-from client.policy import check_run
+from client.policy import check_order, check_run, check_steps
 from client.site_config import SiteConfig
+from fakes.orders import CODE, order
+from strategies.enrolment import FederationPolicy
 from strategies.errors import RefusalError
-from strategies.records import Instruction, Task
+from strategies.orders import Order
 from strategies.run_config import RunConfig
 
 STATE = "/srv/hospital/secret-state"
@@ -16,7 +18,6 @@ def site(task: str = "", **limits) -> SiteConfig:
     return SiteConfig.model_validate(
         {
             "site": "A",
-            "federation": "lungs",
             "state-dir": STATE,
             "task": task,
             "data": {"dataset": "phantom"},
@@ -25,56 +26,54 @@ def site(task: str = "", **limits) -> SiteConfig:
     )
 
 
-def instruction(
-    server_round: int = 1, task: Task = "train", federation: str = "lungs"
-) -> Instruction:
-    return Instruction(federation, "run", server_round, task, {})
-
-
-def refusal(site_config: SiteConfig, run: RunConfig, asked: Instruction) -> RefusalError:
+def refusal(site_config: SiteConfig, run: RunConfig) -> RefusalError:
     with pytest.raises(RefusalError) as error:
-        check_run(site_config, run, asked)
+        check_run(site_config, run)
     return error.value
 
 
+def order_refusal(site_config: SiteConfig, given: Order, **policy) -> RefusalError:
+    with pytest.raises(RefusalError) as error:
+        check_order(site_config, FederationPolicy(**policy), given)
+    return error.value
+
+
+# --- runs
+
+
 def test_a_run_within_the_limits_passes():
-    check_run(site(), RunConfig(), instruction())
+    check_run(site(), RunConfig())
 
 
 def test_a_site_that_says_nothing_demands_privacy_then_encryption():
     silent = SiteConfig.model_validate({"site": "A", "data": {}})
-    asked = instruction(federation=silent.federation)
-    assert refusal(silent, RunConfig(), asked).code == "privacy-required"
+    assert refusal(silent, RunConfig()).code == "privacy-required"
     limits = silent.limits.model_copy(update={"require_privacy": False})
     silent = silent.model_copy(update={"limits": limits})
-    assert refusal(silent, RunConfig(), asked).code == "encryption-required"
+    assert refusal(silent, RunConfig()).code == "encryption-required"
 
 
 @pytest.mark.parametrize(
-    ("limits", "run", "asked", "code", "text"),
+    ("limits", "run", "code", "text"),
     [
-        ({}, {}, {"federation": "hearts"}, "other-federation", "federation='hearts' is not this"),
-        ({}, {"dataset": "breastmnist"}, {}, "other-dataset", "dataset='breastmnist' is not what"),
-        ({"require-privacy": True}, {}, {}, "privacy-required", "privacy.mode=off"),
-        ({"require-encryption": True}, {}, {}, "encryption-required", "encryption.mode=off"),
+        ({}, {"dataset": "breastmnist"}, "other-dataset", "dataset='breastmnist' is not what"),
+        ({"require-privacy": True}, {}, "privacy-required", "privacy.mode=off"),
+        ({"require-encryption": True}, {}, "encryption-required", "encryption.mode=off"),
         (
             {"allowed-strategies": ["fedprox"]},
-            {},
             {},
             "strategy-not-allowed",
             "strategy.name=fedavg",
         ),
-        ({"allowed-sizes": ["nano"]}, {}, {}, "size-not-allowed", "model.size=tiny"),
+        ({"allowed-sizes": ["nano"]}, {}, "size-not-allowed", "model.size=tiny"),
         (
             {},
             {"model.depths": "1,1", "model.dims": "8,16"},
-            {},
             "size-not-allowed",
             "model.size=custom",
         ),
         (
             {"max-image-size": 63},
-            {},
             {},
             "image-too-large",
             "model.image-size=64; limit 63",
@@ -82,67 +81,54 @@ def test_a_site_that_says_nothing_demands_privacy_then_encryption():
         (
             {"max-positions": 63},
             {"model.image-size": 32, "model.patch-size": 4},
-            {},
             "too-much-work",
             "model.image-size=32 with model.patch-size=4 has 64 positions; limit 63",
         ),
         (
             {"max-batch-size": 31},
             {"training.batch-size": 32},
-            {},
             "too-much-work",
             "training.batch-size=32; limit 31",
         ),
         (
             {"max-local-epochs": 2},
             {"training.local-epochs": 3},
-            {},
             "too-much-work",
             "training.local-epochs=3; limit 2",
         ),
         (
             {"max-local-steps": 5},
             {"training.local-steps": 6},
-            {},
             "too-much-work",
             "training.local-steps=6; limit 5",
         ),
-        (
-            {},
-            {"num-server-rounds": 3},
-            {"server_round": 4},
-            "round-out-of-range",
-            "server-round=4; num-server-rounds=3",
-        ),
     ],
 )
-def test_each_rule_refuses_with_its_code_and_names_the_limit(limits, run, asked, code, text):
-    error = refusal(site(**limits), RunConfig.parse(run), instruction(**asked))
+def test_each_rule_refuses_with_its_code_and_names_the_limit(limits, run, code, text):
+    error = refusal(site(**limits), RunConfig.parse(run))
     assert error.code == code
     assert text in str(error)
 
 
 @pytest.mark.parametrize(
-    ("limits", "run", "asked"),
+    ("limits", "run"),
     [
-        ({"allowed-strategies": ["fedprox"]}, {"strategy.name": "fedprox"}, {}),
-        ({"allowed-sizes": ["nano"]}, {"model.size": "nano"}, {}),
-        ({"allowed-sizes": ["custom"]}, {"model.depths": "1,1", "model.dims": "8,16"}, {}),
-        ({"max-image-size": 64}, {}, {}),
-        ({"max-local-epochs": 2}, {"training.local-epochs": 2}, {}),
-        ({"max-local-steps": 5}, {"training.local-steps": 5}, {}),
-        ({}, {"num-server-rounds": 3}, {"server_round": 3}),
-        ({}, {"num-server-rounds": 3}, {"server_round": 4, "task": "test"}),
+        ({"allowed-strategies": ["fedprox"]}, {"strategy.name": "fedprox"}),
+        ({"allowed-sizes": ["nano"]}, {"model.size": "nano"}),
+        ({"allowed-sizes": ["custom"]}, {"model.depths": "1,1", "model.dims": "8,16"}),
+        ({"max-image-size": 64}, {}),
+        ({"max-local-epochs": 2}, {"training.local-epochs": 2}),
+        ({"max-local-steps": 5}, {"training.local-steps": 5}),
     ],
 )
-def test_what_is_just_within_a_limit_passes(limits, run, asked):
-    check_run(site(**limits), RunConfig.parse(run), instruction(**asked))
+def test_what_is_just_within_a_limit_passes(limits, run):
+    check_run(site(**limits), RunConfig.parse(run))
 
 
 def test_the_task_names_the_dataset_that_the_site_answers_to():
     renamed = site(task="breast-ultrasound")
-    check_run(renamed, RunConfig.parse({"dataset": "breast-ultrasound"}), instruction())
-    assert refusal(renamed, RunConfig(), instruction()).code == "other-dataset"
+    check_run(renamed, RunConfig.parse({"dataset": "breast-ultrasound"}))
+    assert refusal(renamed, RunConfig()).code == "other-dataset"
 
 
 def test_reasons_hold_nothing_of_the_site_but_the_limit():
@@ -153,7 +139,84 @@ def test_reasons_hold_nothing_of_the_site_but_the_limit():
     )
     run = {"dataset": "breast-ultrasound", "model.image-size": 64, "training.local-steps": 100}
     for changes in ({"dataset": "other"}, {}, {"strategy.name": "fedprox"}):
-        text = str(refusal(strict, RunConfig.parse({**run, **changes}), instruction()))
+        text = str(refusal(strict, RunConfig.parse({**run, **changes})))
         assert "/" not in text
         assert "secret" not in text
         assert "19" not in text  # of the rule that was not reached
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch_size", "num_examples", "allowed"),
+    [(2, 4, 20, True), (2, 4, 21, False), (10, 1, 1, True), (10, 1, 2, False), (3, 4, 0, True)],
+)
+def test_passes_over_the_data_are_steps_too(epochs, batch_size, num_examples, allowed):
+    """With local-steps=0 a small batch makes one pass as long as one likes."""
+    limited = site(**{"max-local-steps": 10})
+    run = {"training.local-epochs": epochs, "training.batch-size": batch_size}
+    parsed = RunConfig.parse({**run, "training.local-steps": 0})
+    if allowed:
+        check_steps(limited, parsed, num_examples)
+        return
+    with pytest.raises(RefusalError, match="takes too many steps here; limit 10") as error:
+        check_steps(limited, parsed, num_examples)
+    assert error.value.code == "too-much-work"
+    assert f"={num_examples}" not in str(error.value)
+
+
+def test_where_steps_are_told_passes_do_not_count():
+    run = RunConfig.parse({"training.local-steps": 10, "training.batch-size": 1})
+    check_steps(site(**{"max-local-steps": 10}), run, 10**6)
+
+
+# --- orders
+
+
+def test_an_order_within_the_limits_passes():
+    check_order(site(), FederationPolicy(), order(sites="AB"))
+    check_order(site(**{"min-cohort": 3}), FederationPolicy(min_cohort=3), order(sites="CAB"))
+    check_order(site(**{"allowed-code": ["0" * 64, CODE]}), FederationPolicy(), order())
+
+
+def test_an_order_that_does_not_name_the_site_is_refused():
+    for sites in (("B", "C"), ("a", "B"), ("AB", "C")):
+        assert order_refusal(site(), order(sites=sites)).code == "not-in-cohort"
+
+
+@pytest.mark.parametrize(
+    ("own", "promised", "sites", "text"),
+    [
+        (2, 1, "A", "cohort=1; limit 2"),
+        (1, 2, "A", "cohort=1; limit 2"),
+        (4, 2, "ABC", "cohort=3; limit 4"),
+        (2, 4, "ABC", "cohort=3; limit 4"),
+        (3, 1, "ABBBBAA", "cohort=2; limit 3"),  # names that are there twice are one site
+    ],
+)
+def test_a_cohort_below_the_sites_or_the_federations_limit_is_refused(own, promised, sites, text):
+    error = order_refusal(site(**{"min-cohort": own}), order(sites=sites), min_cohort=promised)
+    assert (error.code, str(error)) == ("cohort-too-small", text)
+
+
+def test_a_site_that_says_nothing_is_never_the_only_one():
+    silent = SiteConfig.model_validate({"site": "A", "data": {}})
+    error = order_refusal(silent, order(sites="A"), min_cohort=1)
+    assert error.code == "cohort-too-small"
+
+
+def test_code_that_is_not_on_the_list_is_refused_and_named():
+    limited = site(**{"allowed-code": ["0" * 64]})
+    error = order_refusal(limited, order())
+    assert (error.code, CODE in str(error)) == ("code-not-allowed", True)
+    assert "0" * 64 not in str(error)
+    check_order(site(**{"allowed-code": []}), FederationPolicy(), order())
+
+
+def test_a_run_may_not_let_sites_claim_more_than_the_federation_promised():
+    """A claimed million outweighs every honest site in the mean."""
+    run = RunConfig.parse({"strategy.max-num-examples": 1001})
+    error = order_refusal(site(), order(run), max_num_examples=1000)
+    assert (error.code, str(error)) == (
+        "cap-too-large",
+        "strategy.max-num-examples=1001; the federation promised 1000",
+    )
+    check_order(site(), FederationPolicy(max_num_examples=1001), order(run))

@@ -30,7 +30,7 @@ from fakes.sites import (
     weights,
 )
 from strategies.arrays import ARRAYS
-from strategies.base import REASON_LENGTH
+from strategies.records import REASON_LENGTH
 from strategies.evaluation import EvaluationSums
 from strategies.records import ENVELOPE, METRICS, SCHEMA_VERSION
 

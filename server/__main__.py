@@ -54,7 +54,6 @@ def parser() -> cli.Parser:
     admit.add_argument("file", type=Path, metavar="FILE", help="the site's NAME.enroll.json")
     admit.add_argument(
         "--fingerprint",
-        default="",
         metavar="F",
         help="the site's fingerprint as told by telephone; another one is refused",
     )

@@ -112,14 +112,14 @@ def _next(federation: Federation, *, renewed: bool) -> list[str]:
 
 
 def admit(
-    federation: Federation, file: Path, expected: str = "", output: Path | None = None
+    federation: Federation, file: Path, expected: str | None = None, output: Path | None = None
 ) -> str:
     """Check a site's request, admit the site, write its join document.
 
     Args:
         federation: The coordinator's.
         file: What the site sent.
-        expected: The site's fingerprint as told by telephone; empty: compared afterwards.
+        expected: The site's fingerprint as told by telephone; None: compared afterwards.
         output: The join document; ``NAME.join.json`` beside the request by default.
 
     Returns:
@@ -130,7 +130,7 @@ def admit(
             name or keys are taken; ``output`` is another file.
     """
     request = read_request(file)
-    if expected and _digits(expected) != _digits(request.fingerprint):
+    if expected is not None and _digits(expected) != _digits(request.fingerprint):
         raise ConfigError(
             f"fingerprint={expected}: the request of site={request.site} has {request.fingerprint}",
             hint="read it out by telephone once more; if it still differs, do not admit this file",
@@ -147,7 +147,7 @@ def admit(
             f"site={request.site} is admitted, but {output} cannot be written ({error.strerror})",
             hint="run the same command again with --output FILE",
         ) from error
-    told = "it is the one that you gave" if expected else "compare it with the site by telephone"
+    told = "compare it with the site by telephone" if expected is None else "it is the one you gave"
     return "\n".join(
         [
             f"site          {request.site} {'was admitted before' if before else 'admitted'}",

@@ -171,6 +171,7 @@ http {{
 
     merge_slashes off;
     location / {{
+      client_max_body_size 0;  # 404 for a large body too, and nothing in the log
       return 404;
     }}
 {locations}

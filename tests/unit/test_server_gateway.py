@@ -52,7 +52,10 @@ def test_every_way_through_is_an_exact_location_with_a_fixed_request_line(tmp_pa
 
     blocks = re.findall(r"^    location ([^\n]*) \{\n(.*?)^    \}", configuration, re.M | re.S)
     assert [where for where, _ in blocks].count("/") == 1
-    assert dict(blocks)["/"].strip() == "return 404;"
+    assert [line.partition("#")[0].strip() for line in dict(blocks)["/"].splitlines()] == [
+        "client_max_body_size 0;",
+        "return 404;",
+    ]
     passing = {where.removeprefix("= "): body for where, body in blocks if where != "/"}
     assert set(passing) == {f"/v1/fleet/{call}" for call in FLEET_CALLS} | {"/health"}
     assert all(where.startswith("= ") for where, _ in blocks if where != "/")

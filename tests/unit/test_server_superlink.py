@@ -72,7 +72,7 @@ def test_every_option_is_one_that_flower_has(federation):
     assert not parsed.runtime_dependency_install
 
 
-def test_the_executor_has_the_secret_and_knows_whom_it_talks_to(federation, tmp_path):
+def test_the_executor_has_the_secret_and_knows_whom_it_talks_to(federation, tmp_path, repository):
     command = superlink.executor_command(federation)
     assert command[0] == str(PROGRAMS / "flower-superexec")
     assert options(command) == {
@@ -82,6 +82,7 @@ def test_the_executor_has_the_secret_and_knows_whom_it_talks_to(federation, tmp_
     }
     environment = superlink.executor_environment(federation)
     assert environment["FEDERATION_STATE"] == f"{tmp_path}/state"
+    assert environment["FEDERATION_CODE"] == str(repository)
     assert environment["PATH"].split(os.pathsep)[0] == str(PROGRAMS)
     assert environment.items() >= superlink.superlink_environment(federation).items()
 

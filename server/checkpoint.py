@@ -56,6 +56,8 @@ def save_checkpoint(folder: Path, state: State, weights: Arrays, best: Arrays) -
     tensors |= {f"best.{name}": value for name, value in best.items()}
     metadata = {"state": json.dumps(asdict(state)), "sha256": _digest(state, tensors)}
     path = folder / f"round_{state.server_round:06d}.safetensors"
+    for left in folder.glob(".round_*"):  # by a process that was killed while it wrote
+        left.unlink()
     write_atomic(path, save(tensors, metadata=metadata))
     for old in sorted(folder.glob("round_*.safetensors"))[:-KEEP]:
         old.unlink()

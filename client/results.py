@@ -39,7 +39,8 @@ class Results:
 
     def find(self, instruction: Instruction) -> Reply | None:
         """Return the answer to this question, without a message id; None where there is none."""
-        path = self._path(instruction)
+        question = _question(instruction)
+        path = self._path(question)
         if not path.exists():
             return None
         try:
@@ -47,7 +48,7 @@ class Results:
                 metadata = file.metadata() or {}
                 update = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             reply = Reply(**json.loads(metadata["reply"]), update=update)
-            if metadata["sha256"] != _digest(reply):
+            if metadata["sha256"] != _digest(question, reply):
                 raise ValueError("content and hash do not agree")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             log.warning("kept answer not used: %s", error)
@@ -58,9 +59,11 @@ class Results:
         """Write an answer and drop all but the newest."""
         make_folder(self.folder, secret=True)
         kept = replace(reply, message_id="")
-        fields = {name: value for name, value in asdict(kept).items() if name != "update"}
-        metadata = {"reply": json.dumps(fields), "sha256": _digest(kept)}
-        newest = self._path(instruction)
+        fields = asdict(replace(kept, update={}))
+        del fields["update"]
+        question = _question(instruction)
+        metadata = {"reply": json.dumps(fields), "sha256": _digest(question, kept)}
+        newest = self._path(question)
         write_atomic(newest, save(kept.update, metadata=metadata), mode=0o600)
         # Whatever the clock says: after it was set back, older answers look newer.
         others = [path for path in self.folder.glob(f"*{SUFFIX}") if path != newest]
@@ -68,17 +71,21 @@ class Results:
         for old in others[: 1 - KEEP]:
             old.unlink()
 
-    def _path(self, instruction: Instruction) -> Path:
-        question = canonical(
-            {
-                "run-uuid": instruction.run_uuid,
-                "task": instruction.task,
-                "server-round": instruction.server_round,
-                "weights": hash_arrays(instruction.weights),
-            }
-        )
-        return self.folder / f"{hashlib.sha256(question).hexdigest()[:32]}{SUFFIX}"
+    def _path(self, question: str) -> Path:
+        return self.folder / f"{question}{SUFFIX}"
 
 
-def _digest(reply: Reply) -> str:
-    return hashlib.sha256(canonical(reply.signed_document(hash_arrays(reply.update)))).hexdigest()
+def _question(instruction: Instruction) -> str:
+    """Return the name of what is asked; the order is not in it, for a resumed run has another."""
+    document = {
+        "run-uuid": instruction.run_uuid,
+        "task": instruction.task,
+        "server-round": instruction.server_round,
+        "weights": hash_arrays(instruction.weights),
+    }
+    return hashlib.sha256(canonical(document)).hexdigest()
+
+
+def _digest(question: str, reply: Reply) -> str:
+    document = reply.signed_document(hash_arrays(reply.update))
+    return hashlib.sha256(canonical({"question": question, "reply": document})).hexdigest()

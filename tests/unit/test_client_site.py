@@ -2,6 +2,7 @@
 
 import json
 import logging
+import stat
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from client import site as site_module
 from client.data.manifest import Example, ImageDataset, Manifest
-from client.site import SIGNING_KEY, Site, choose_device, register, registered
-from client.site_config import SiteConfig
+from client.site import Site, choose_device, register, registered
+from client.site_config import SIGNING_KEY, SiteConfig
+from fakes.orders import membership
 from strategies.errors import ConfigError, RefusalError
 from strategies.identity import create_signing_key, fingerprint
 from strategies.run_config import ModelSection
@@ -27,7 +29,7 @@ def dataset() -> ImageDataset:
 
 def make_site(state_dir, load=dataset, **values) -> Site:
     config = {"site": "A", "state-dir": str(state_dir), "data": {}, **values}
-    return Site(SiteConfig.model_validate(config), load)
+    return Site(SiteConfig.model_validate(config), load, membership("A"))
 
 
 def model_section(**values) -> ModelSection:
@@ -112,9 +114,58 @@ def test_the_signing_key_is_the_one_in_the_state_folder(tmp_path):
 
 
 def test_a_site_without_a_key_says_how_to_make_one(tmp_path):
-    with pytest.raises(ConfigError, match=r"signing key signing\.key cannot be read") as error:
+    with pytest.raises(ConfigError, match=r"secret file signing\.key cannot be read") as error:
         make_site(tmp_path).key_fingerprint  # noqa: B018
-    assert "python -m client init" in error.value.hint
+    assert "`init` makes it" in error.value.hint
+
+
+def test_a_new_state_folder_is_for_its_owner_alone(tmp_path):
+    make_site(tmp_path / "deep" / "state")
+    assert stat.S_IMODE((tmp_path / "deep" / "state").stat().st_mode) == 0o700
+
+
+# --- work that must end
+
+
+def test_work_goes_on_until_it_is_aborted(tmp_path):
+    site = make_site(tmp_path)
+    site.begin_work()
+    site.check_work()
+    site.abort("the coordinator stopped the run")
+    for _ in range(2):
+        with pytest.raises(RefusalError, match=r"^the coordinator stopped the run$") as error:
+            site.check_work()
+        assert error.value.code == "stopped"
+
+
+def test_what_was_aborted_before_is_forgotten(tmp_path):
+    site = make_site(tmp_path)
+    site.abort("the run before")
+    site.begin_work()
+    site.check_work()
+
+
+def test_work_beyond_the_sites_time_ends(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(site_module.time, "monotonic", lambda: now[0])
+    site = make_site(tmp_path, limits={"max-round-seconds": 60})
+    site.begin_work()
+    now[0] += 60
+    site.check_work()
+    now[0] += 0.1
+    with pytest.raises(RefusalError) as error:
+        site.check_work()
+    assert (error.value.code, str(error.value)) == (
+        "too-long",
+        "the work took longer than 60 s, this site's limit",
+    )
+    site.begin_work()
+    site.check_work()
+
+
+def test_a_site_that_has_begun_nothing_may_work(tmp_path):
+    """Evaluating by hand, as tests and commands do."""
+    make_site(tmp_path, limits={"max-round-seconds": 1}).check_work()
 
 
 def test_only_a_registered_site_is_found(tmp_path, monkeypatch):

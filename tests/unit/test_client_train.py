@@ -196,6 +196,58 @@ def test_weights_that_a_last_step_blew_up_never_leave_the_site(make_site, monkey
     assert error.value.code == "loss-not-finite"
 
 
+# --- work that must end
+
+
+def aborting(site, after: int, monkeypatch):
+    """Have somebody abort the work at a step; returns the steps that were begun."""
+    steps: list[int] = []
+    check = site.check_work
+
+    def count():
+        steps.append(len(steps) + 1)
+        if len(steps) == after:
+            site.abort("the node is leaving")
+        check()
+
+    monkeypatch.setattr(site, "check_work", count)
+    return steps
+
+
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_training_that_is_aborted_ends_at_its_next_step(make_site, monkeypatch, after):
+    run = make_run(training__local_steps=1_000_000)
+    site = make_site()
+    steps = aborting(site, after, monkeypatch)
+    with pytest.raises(RefusalError, match=r"^the node is leaving$") as error:
+        train(site, run, 1, initial(run))
+    assert error.value.code == "stopped"
+    assert steps == list(range(1, after + 1))
+
+
+def test_evaluation_that_is_aborted_ends_at_its_next_part(make_site, monkeypatch):
+    monkeypatch.setattr(train_module, "EVALUATION_BATCH", 2)
+    run = make_run()
+    site = make_site()
+    steps = aborting(site, 2, monkeypatch)
+    with pytest.raises(RefusalError, match=r"^the node is leaving$"):
+        evaluate(site, run, initial(run), "train")
+    assert steps == [1, 2]
+
+
+def test_training_after_an_abort_is_as_if_nothing_had_been(make_site, monkeypatch):
+    run = make_run()
+    weights = initial(run)
+    expected = train(make_site(), run, 1, weights)
+    site = make_site()
+    with monkeypatch.context() as patch:
+        aborting(site, 2, patch)
+        with pytest.raises(RefusalError):
+            train(site, run, 1, weights)
+    site.begin_work()
+    assert same(train(site, run, 1, weights).update, expected.update)
+
+
 # --- evaluation
 
 

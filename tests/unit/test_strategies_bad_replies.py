@@ -30,9 +30,8 @@ from fakes.sites import (
     weights,
 )
 from strategies.arrays import ARRAYS
-from strategies.records import REASON_LENGTH
 from strategies.evaluation import EvaluationSums
-from strategies.records import ENVELOPE, METRICS, SCHEMA_VERSION
+from strategies.records import ENVELOPE, METRICS, REASON_LENGTH, SCHEMA_VERSION
 
 pytestmark = pytest.mark.usefixtures("poll_often")
 

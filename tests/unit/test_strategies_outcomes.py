@@ -22,10 +22,9 @@ from fakes.sites import (
 )
 from strategies.arrays import hash_arrays, num_bytes
 from strategies.audit import AuditLog
-from strategies.records import REASON_LENGTH
 from strategies.code import code_sha256
 from strategies.errors import FederationError, QuorumError
-from strategies.records import Instruction, Reply
+from strategies.records import REASON_LENGTH, Instruction, Reply
 
 pytestmark = pytest.mark.usefixtures("poll_often")
 

@@ -34,34 +34,52 @@ class RunLostError(Exception):
     """flower-superlink went away or gave the run up; the checkpoint is where to go on."""
 
 
-def start(client: ControlHttpClient, fab: bytes, run: RunConfig, *, patience: float) -> int:
+def start(client: ControlHttpClient, fab: bytes, run: RunConfig) -> int:
     """Submit a run and return Flower's id of it.
 
     Args:
         client: Of the control interface.
         fab: The bundle that Flower asks for.
         run: Its configuration.
-        patience: Seconds to wait for a superlink that does not answer.
 
     Raises:
-        httpx.HTTPError: It does not answer, or refuses the run.
+        httpx.HTTPError: flower-superlink does not answer, or refuses the run.
     """
     fab_hash = hashlib.sha256(fab).hexdigest()
     request = StartRunRequest(
         fab=fab_to_proto(Fab(fab_hash, fab, {})),
         override_config=user_config_to_proto(dict(run.flatten())),
     )
+    run_id = client.StartRun(request).run_id
+    log.info("submitted flower_run_id=%d code_sha256=%s", run_id, code_sha256()[:16])
+    return run_id
+
+
+def clear(client: ControlHttpClient, run_id: int, *, patience: float) -> None:
+    """Wait for flower-superlink to answer, and have it drop the messages of a lost run.
+
+    Asking for a run that has ended does that. A node that still fetched one of them would begin
+    work that it never gets the rest of.
+
+    Args:
+        client: Of the control interface.
+        run_id: The lost run.
+        patience: Longest wait in seconds.
+
+    Raises:
+        httpx.TransportError: It did not answer.
+    """
     deadline = time.monotonic() + patience
     while True:
         try:
-            run_id = client.StartRun(request).run_id
-            break
+            _status(client, run_id)
+            return
+        except httpx.HTTPStatusError:
+            return  # it has forgotten the run
         except httpx.TransportError:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(POLL_SECONDS)
-    log.info("submitted flower_run_id=%d code_sha256=%s", run_id, code_sha256()[:16])
-    return run_id
 
 
 def stop(client: ControlHttpClient, run_id: int) -> None:

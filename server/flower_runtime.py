@@ -139,16 +139,15 @@ def host_run(*, address: str, ca_file: Path, secret_file: Path, run: RunConfig, 
     flower = logging.getLogger("flwr")
     flower.handlers.clear()
     flower.setLevel(logging.getLogger().level)
-    patience = 0.0
+    patience = run.strategy.wait_seconds
     with _superlink_errors(address), Control(address, ca_file) as control, _interruptible():
         control.client._client.timeout = httpx.Timeout(CONTROL_SECONDS)
         while True:
-            run_id = flower_runs.start(control.client, fab, run, patience=patience)
+            run_id = flower_runs.start(control.client, fab, run)
             try:
                 _serve(superlink, control.client, run_id, run, main)
                 return
             except RunLostError as lost:
-                patience = run.strategy.wait_seconds
                 log.warning(
                     "flower_run_id=%d is lost: %s; waiting up to %g s for flower-superlink, then "
                     "continuing from the checkpoint",
@@ -156,6 +155,7 @@ def host_run(*, address: str, ca_file: Path, secret_file: Path, run: RunConfig, 
                     lost,
                     patience,
                 )
+            flower_runs.clear(control.client, run_id, patience=patience)
 
 
 @contextmanager

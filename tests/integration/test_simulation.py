@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.train import evaluate
 from fakes.experiments import (
@@ -92,8 +93,11 @@ def evaluated(path: Path, scenario: Scenario, split: str) -> EvaluationSums:
     """Evaluate a run's model on every site's images, without the federation."""
     weights = to_arrays(load(path / "model.safetensors"))
     sums: Iterator[EvaluationSums] = (
-        evaluate(experiment._site(site, part, path, scenario.run), scenario.run, weights, split)
-        for site, part in experiment.prepare(scenario).parts.items()
+        evaluate(site, scenario.run, weights, split)
+        for site in (
+            experiment._site(name, part, path, scenario.run.dataset, Ed25519PrivateKey.generate())
+            for name, part in experiment.prepare(scenario).parts.items()
+        )
     )
     return reduce(EvaluationSums.__add__, sums)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from fakes.experiments import (
     statuses,
     untimed,
 )
+from fakes.orders import unverified
 from medmamba.weights import load, to_arrays
 from server.rounds import initial_weights
 from simulation import experiment
@@ -34,10 +34,10 @@ from strategies.arrays import Arrays
 from strategies.audit import AuditLog
 from strategies.errors import QuorumError
 from strategies.evaluation import EvaluationSums
-from strategies.fedavg import FedAvg
+from strategies.fedavg import WeightedMean
 from strategies.files import write_atomic
 from strategies.identity import load_signing_key
-from strategies.records import Instruction, Reply
+from strategies.records import Reply
 
 pytestmark = pytest.mark.integration
 
@@ -49,7 +49,7 @@ def at(site: str, *server_rounds: int, task: str = "train"):
     """Return whether a message is this site's instruction of these rounds."""
 
     def match(name: str, message: Message) -> bool:
-        asked = Instruction.from_content(message.content)
+        asked = unverified(message.content)
         return name == site and asked.task == task and asked.server_round in server_rounds
 
     return match
@@ -76,13 +76,13 @@ def test_the_model_is_the_weighted_mean_of_the_updates_that_arrived(tmp_path, mo
     lost = at("B", 1)
     scenario = make_scenario(run__num_server_rounds=1)
     arrived: list[Reply] = []
-    aggregate = FedAvg.aggregate
+    add = WeightedMean.add
 
-    def spy(self: FedAvg, weights: Arrays, replies: Sequence[Reply]) -> Arrays:
-        arrived.extend(replies)
-        return aggregate(self, weights, replies)
+    def spy(self: WeightedMean, reply: Reply) -> None:
+        arrived.append(reply)
+        add(self, reply)
 
-    monkeypatch.setattr(FedAvg, "aggregate", spy)
+    monkeypatch.setattr(WeightedMean, "add", spy)
     start(path, scenario, fault=lambda s, m: "lose" if lost(s, m) else "deliver")
     assert [reply.site for reply in arrived] == ["A", "C"]
     weights = initial_weights(scenario.run)
@@ -94,7 +94,7 @@ def test_the_model_is_the_weighted_mean_of_the_updates_that_arrived(tmp_path, mo
 
 def signed(path: Path, site: str, message: Message, **values) -> Message:
     """Answer in a site's name, with its own key, as a broken or hostile program there would."""
-    asked = Instruction.from_content(message.content)
+    asked = unverified(message.content)
     reply = Reply(
         **{
             "site": site,
@@ -118,7 +118,7 @@ def test_an_update_of_nan_is_dropped_and_the_run_goes_on(tmp_path):
     path = tmp_path / "run"
 
     def fault(site: str, message: Message):
-        asked = Instruction.from_content(message.content)
+        asked = unverified(message.content)
         if site != "B" or asked.task != "train":
             return "deliver"
         return signed(

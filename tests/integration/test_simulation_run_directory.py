@@ -126,6 +126,8 @@ def test_the_directory_holds_its_files_and_nothing_temporary(finished):
     assert names == {
         "config.json",
         "history.jsonl",
+        "audit.jsonl",
+        "audit.lock",
         "summary.json",
         "partition.json",
         "checkpoints",

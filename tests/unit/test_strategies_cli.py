@@ -22,6 +22,7 @@ from strategies.errors import (
     QuorumError,
     RefusalError,
     SignatureError,
+    StoppedError,
 )
 
 
@@ -59,7 +60,8 @@ def test_the_process_ends_with_the_commands_code(code):
         (FederationError("the link is down"), 1),
         (ProtocolError("record is missing"), 1),
         (SignatureError("signature does not match"), 1),
-        (QuorumError("valid updates=1"), 1),
+        (QuorumError("valid updates=1"), 3),
+        (StoppedError("stopped by a person"), 130),
         (RefusalError("code", "model.size=base is not allowed here"), 1),
     ],
 )

@@ -11,6 +11,8 @@ import pytest
 import torch
 from flwr.app import Message
 
+from client import app as app_module
+from client.site import Site
 from fakes.experiments import (
     ROUNDS,
     SITES,
@@ -242,6 +244,44 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bytes(finished, tmp_path)
     assert untimed(history(path)) == untimed(history(finished))
     for site in SITES:
         AuditLog(path / "sites" / site / "audit.jsonl").verify()
+
+
+def test_a_run_goes_on_though_the_clock_was_set_back(finished, tmp_path):
+    """Each session has an order key of its own: earlier orders are another coordinator's."""
+    path = tmp_path / "run"
+    with pytest.raises(Killed):
+        start(path, make_scenario(), on_reply=kill_after(4))
+    for orders in path.glob("sites/*/orders.json"):
+        ahead = {**json.loads(orders.read_text()), "issued_ms": 2**52}
+        orders.write_text(json.dumps(ahead))
+    resume(path)
+    assert model_bytes(path) == model_bytes(finished)
+
+
+@pytest.mark.parametrize("messages", [1, 2, 3, 5, 8])
+def test_sites_that_keep_their_answers_train_each_round_once(
+    finished, tmp_path, monkeypatch, messages
+):
+    """As in hospitals: a killed coordinator asks again, and is sent what was worked out."""
+
+    def keeping(*arguments, **options):
+        return Site(*arguments, **{**options, "keep_results": True})
+
+    monkeypatch.setattr(experiment, "Site", keeping)
+    trained: list[tuple[str, int]] = []
+    train = app_module.train
+
+    def spy(site, run, server_round, weights):
+        trained.append((site.name, server_round))
+        return train(site, run, server_round, weights)
+
+    monkeypatch.setattr(app_module, "train", spy)
+    path = tmp_path / "run"
+    with pytest.raises(Killed):
+        start(path, make_scenario(), on_reply=kill_after(messages))
+    resume(path)
+    assert trained == [(site, n) for n in range(1, ROUNDS + 1) for site in SITES]
+    assert model_bytes(path) == model_bytes(finished)
 
 
 def test_a_damaged_newest_checkpoint_costs_a_round_not_the_run(finished, tmp_path):

@@ -15,6 +15,8 @@ from medmamba.scan import active_backend, is_reproducible
 from medmamba.weights import load
 from simulation import experiment
 from simulation.scenario import parse_scenario
+from strategies.audit import AuditLog
+from strategies.code import version
 from strategies.errors import ConfigError
 from strategies.run_config import METRIC_NAMES
 
@@ -40,6 +42,47 @@ def test_history_names_what_ran_each_sites_scan(finished):
             line = site_line(finished, server_round, site)
             said = line["scan_backend"], line["scan_reproducible"]
             assert said == (name, is_reproducible(name))
+
+
+def test_history_names_the_code_of_each_site(finished):
+    for server_round in range(1, ROUNDS + 1):
+        for site in SITES:
+            line = site_line(finished, server_round, site)
+            assert re.fullmatch("[0-9a-f]{64}", line["code_sha256"])
+            assert line["version"] == version()
+
+
+def test_the_coordinators_log_has_every_outcome(finished):
+    log = AuditLog(finished / "audit.jsonl")
+    log.verify()
+    entries = [json.loads(line) for line in log.path.read_text().splitlines()[1:]]
+    found = [
+        (e["fields"]["task"], e["fields"]["server_round"], e["fields"]["site"]) for e in entries
+    ]
+    best = json.loads((finished / "summary.json").read_text())["best_round"]
+    asked = [*(("train", n) for n in range(1, ROUNDS + 1)), ("val", ROUNDS), ("test", best)]
+    assert found == [(task, n, site) for task, n in asked for site in SITES]
+    assert {e["fields"]["status"] for e in entries} == {"ok"}
+
+
+def test_sites_and_coordinator_tell_the_same_of_each_update(finished):
+    """Whoever doubts a round compares the hashes of two logs."""
+
+    def hashes(path, event):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return {
+            (e["fields"].get("site", path.parent.name), e["fields"]["server_round"]): e["fields"][
+                "arrays_sha256"
+            ]
+            for e in lines
+            if e["event"] == event and e["fields"]["task"] == "train"
+        }
+
+    coordinator = hashes(finished / "audit.jsonl", "outcome")
+    assert len(coordinator) == ROUNDS * len(SITES)
+    for site in SITES:
+        for key, value in hashes(finished / "sites" / site / "audit.jsonl", "answered").items():
+            assert coordinator[key] == value
 
 
 def test_pooled_training_stands_beside_with_as_many_steps(finished, summary):

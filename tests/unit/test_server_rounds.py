@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from server.rounds import improves
+from server.metrics import improves
 from strategies.evaluation import EvaluationSums
 
 LABELS = np.array([0, 1] * 5)

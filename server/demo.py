@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from server.federation import FEDERATION
+from server.federation_file import FEDERATION
 from server.provisioning import DEFAULT_PORT, JOIN_SUFFIX
 from strategies.errors import FederationError
 

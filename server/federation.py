@@ -12,17 +12,14 @@ by another. Sites are read from their files at each question, so a revocation co
 from __future__ import annotations
 
 import fcntl
-import ipaddress
 import secrets
 import stat
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import Field, ValidationError, field_validator, model_validator
 
 from server.admissions import Admissions, AdmittedSite
 from server.certificates import (
@@ -32,72 +29,28 @@ from server.certificates import (
     SERVER_KEY,
     Certificates,
     create_authority,
-    general_name,
     issue_server_certificate,
     read_certificates,
 )
+from server.federation_file import (
+    FEDERATION,
+    Identity,
+    parse_identity,
+    read_identity,
+    require_equal,
+    write_identity,
+)
 from strategies.audit import AuditLog
-from strategies.enrolment import EnrolmentRequest, FederationPolicy, JoinDocument, SiteName
+from strategies.enrolment import EnrolmentRequest, FederationPolicy, JoinDocument
 from strategies.errors import ConfigError
 from strategies.files import make_folder, write_atomic
 from strategies.identity import create_signing_key, fingerprint, load_signing_key, read_secret
-from strategies.run_config import Section, explain
 
-FEDERATION, SITES, AUDIT_LOG, LOCK = "federation.json", "sites", "audit.jsonl", ".lock"
+SITES, AUDIT_LOG, LOCK = "sites", "audit.jsonl", ".lock"
 ORDER_KEY, SECRET = "order.key", "superlink.secret"
 DATABASE, FLOWER_HOME = "superlink.sqlite", "flower"
 SECRETS = (CA_KEY, SERVER_KEY, ORDER_KEY, SECRET)
 SECRET_BYTES = 32
-ADDRESS_HINT = "--address hub.example.org:443"
-
-
-class Identity(Section):
-    """``federation.json``: what was decided when the federation was made.
-
-    Attributes:
-        id: The name and random digits; every signature covers it.
-        address: Where sites connect, ``host:port``: nginx, or flower-superlink on this machine.
-        port: Of flower-superlink on this machine's loopback.
-        sans: Further names and addresses in the superlink's certificate.
-        complete: Whether every other file is made; until then nobody relies on any.
-    """
-
-    id: Annotated[str, Field(min_length=1)]
-    name: SiteName
-    address: str
-    port: Annotated[int, Field(gt=0, lt=65536)] = 8000
-    sans: tuple[str, ...] = Field(default=(), strict=False)
-    policy: FederationPolicy = FederationPolicy()
-    created: str
-    complete: bool = False
-
-    @field_validator("address")
-    @classmethod
-    def _address(cls, value: str) -> str:
-        host_of(value)
-        return value
-
-    @field_validator("sans")
-    @classmethod
-    def _sans(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for host in value:
-            general_name(host)
-        return value
-
-    @model_validator(mode="after")
-    def _two_ports(self) -> Self:
-        """The gateway and flower-superlink are on one machine."""
-        if self.address.endswith(f":{self.port}") and not _is_loopback(host_of(self.address)):
-            raise ValueError(
-                f"address={self.address} has flower-superlink's own port={self.port}; expected "
-                "another, for the gateway"
-            )
-        return self
-
-    @property
-    def hosts(self) -> tuple[str, ...]:
-        """What the superlink's certificate is for, beside loopback."""
-        return (host_of(self.address), *self.sans)
 
 
 class Federation:
@@ -126,7 +79,7 @@ class Federation:
             ConfigError: A value is not usable; the folder has a federation of other values, or
                 files of one whose ``federation.json`` is lost.
         """
-        wanted = _identity(
+        wanted = parse_identity(
             {
                 "id": f"{name}-{secrets.token_hex(8)}",
                 "name": name,
@@ -141,12 +94,12 @@ class Federation:
         with locked(state_dir):
             if (state_dir / FEDERATION).exists():
                 identity = read_identity(state_dir)
-                _require_equal(identity, wanted)
+                require_equal(identity, wanted)
             else:
                 identity = wanted
                 _require_empty(state_dir)
                 state_dir.chmod(0o700)
-                _write_identity(state_dir, identity)
+                write_identity(state_dir, identity)
             if not identity.complete:
                 _complete(state_dir, identity)
         return cls.open(state_dir)
@@ -264,9 +217,9 @@ class Federation:
         with locked(self.state_dir):
             before = read_identity(self.state_dir)
             names = tuple(dict.fromkeys((*before.sans, *sans)))
-            identity = _identity({**before.model_dump(), "sans": names})
+            identity = parse_identity({**before.model_dump(), "sans": names})
             issue_server_certificate(self.state_dir, identity.id, identity.hosts, now)
-            _write_identity(self.state_dir, identity)
+            write_identity(self.state_dir, identity)
             self.audit.append("certificate-renewed", hosts=" ".join(identity.hosts))
             self.identity = identity
 
@@ -313,38 +266,6 @@ class Federation:
             return self._admissions.revoke(site)
 
 
-def host_of(address: str) -> str:
-    """Return the host of ``host:port``, without an IPv6 address's brackets.
-
-    >>> host_of("[::1]:8000")
-    '::1'
-
-    Raises:
-        ValueError: It is not an address that sites could connect to.
-    """
-    host, separator, port = address.rpartition(":")
-    if not (separator and port.isdecimal() and port.isascii() and 0 < int(port) < 65536):
-        raise ValueError("expected host:port, such as hub.example.org:443")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise ValueError("expected brackets around an IPv6 address, such as [2001:db8::1]:443")
-    try:
-        general_name(host)
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
-    if host in ("0.0.0.0", "::"):
-        raise ValueError("expected the address that sites connect to, not one to listen on")
-    return host
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _complete(folder: Path, identity: Identity) -> None:
     """Make what is missing and mark the federation as complete."""
     create_authority(folder, identity.id)
@@ -358,61 +279,7 @@ def _complete(folder: Path, identity: Identity) -> None:
     audit.append(
         "federation-created", federation=identity.id, order_key=fingerprint(order_key.public_key())
     )
-    _write_identity(folder, identity.model_copy(update={"complete": True}))
-
-
-def _identity(values: dict[str, Any]) -> Identity:
-    try:
-        return Identity.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(explain(error)) from None
-
-
-def read_identity(folder: Path) -> Identity:
-    """Read ``federation.json``, finished or not.
-
-    Raises:
-        ConfigError: There is none, or it is damaged.
-    """
-    path = folder / FEDERATION
-    try:
-        return Identity.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"state-dir={folder} has no federation",
-            hint=f"python -m server init {ADDRESS_HINT}, or name another with --state-dir",
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
-    except ValidationError as error:
-        raise ConfigError(
-            f"{path} is damaged: {explain(error)}", hint="restore it from a backup"
-        ) from None
-
-
-def _write_identity(folder: Path, identity: Identity) -> None:
-    text = identity.model_dump_json(by_alias=True, indent=2) + "\n"
-    write_atomic(folder / FEDERATION, text, mode=0o600)
-
-
-def _require_equal(found: Identity, wanted: Identity) -> None:
-    """Refuse to change what sites rely on."""
-    for name in ("name", "address", "port", "policy", "sans"):
-        has, asked = getattr(found, name), getattr(wanted, name)
-        if has != asked:
-            raise ConfigError(
-                f"{name}={_shown(asked)}: this federation has {name}={_shown(has)}, and sites "
-                "joined with it",
-                hint="--renew --san NAME adds a name to the certificate"
-                if name in ("address", "sans")
-                else "leave it out, or make another federation in another --state-dir",
-            )
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, FederationPolicy):
-        return value.model_dump_json(by_alias=True)
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    write_identity(folder, identity.model_copy(update={"complete": True}))
 
 
 def _require_empty(folder: Path) -> None:

@@ -17,7 +17,8 @@ import shlex
 from ipaddress import ip_address
 from pathlib import Path
 
-from server.federation import Federation, host_of
+from server.federation import Federation
+from server.federation_file import host_of
 from strategies.errors import ConfigError
 from strategies.files import write_atomic
 

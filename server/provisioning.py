@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.federation import ADDRESS_HINT, FEDERATION, Federation, read_identity
+from server.federation import Federation
+from server.federation_file import ADDRESS_HINT, FEDERATION, read_identity
 from server.nodes import synchronise
 from strategies.enrolment import EnrolmentRequest, FederationPolicy, JoinDocument
 from strategies.errors import ConfigError, FederationError, SignatureError

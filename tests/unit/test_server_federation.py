@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 import server.admissions
 import server.federation
 from fakes.enrolments import Keys, request
-from server.federation import Federation, Identity, host_of
+from server.federation import Federation
+from server.federation_file import Identity, host_of
 from strategies.enrolment import FederationPolicy, JoinDocument
 from strategies.errors import ConfigError, FederationError
 from strategies.files import write_atomic
@@ -137,6 +138,8 @@ def test_other_values_for_an_existing_one_are_refused_and_change_nothing(federat
         ({"address": "0.0.0.0:443"}, "not one to listen on"),
         ({"address": "[::]:443"}, "not one to listen on"),
         ({"address": "2001:db8::1:443"}, "expected brackets"),
+        ({"address": "[::0]:443"}, "not one to listen on"),
+        ({"address": "[hub]:443"}, "expected a DNS name"),
         ({"address": "hub.example.org:8000"}, "has flower-superlink's own port=8000"),
         ({"port": 0}, "port=0"),
         ({"port": 65536}, "port=65536"),

@@ -249,7 +249,8 @@ def test_a_request_that_is_not_there_is_named(tmp_path):
 )
 def test_a_request_that_was_changed_on_its_way_is_refused(federation, tmp_path, key):
     document = json.loads(request("A").to_json())
-    document[key] = json.loads(request("B").to_json())[key]
+    other = {**json.loads(request("B").to_json()), "created": "2026-01-01T00:00:00.000+00:00"}
+    document[key] = other[key]
     path = tmp_path / "A.enroll.json"
     path.write_text(json.dumps(document))
     with pytest.raises(ConfigError, match=r"A\.enroll\.json: signature does not match"):

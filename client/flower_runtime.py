@@ -3,123 +3,146 @@
 Invariant: code shipped by a run is never unpacked or executed. The SuperNode runs with
 ``--isolation process``: it fetches messages and waits for an executor to claim them over a
 loopback port protected by a secret; the executor is this process, and it calls ``client.app``.
+Only a signal or the site's own configuration ends the site: a task that fails, is given up or is
+stopped by the coordinator ends that task.
 
-All private Flower names of this package are in this file (checked against flwr 1.41).
+The private Flower names of this package are here and in ``client/supernode.py`` (flwr 1.41).
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import re
 import secrets
 import signal
 import socket
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import httpx
 from flwr.app import Context, Error, Message
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.proto.node_pb2 import Node
+from flwr.proto.run_pb2 import GetRunRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
-from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from client.app import app
 from client.site import Site, register
-from strategies.errors import ConfigError, FederationError
+from client.site_config import NODE_KEY
+from client.supervisor import Supernode, Supervisor, supernode
+from strategies.errors import ConfigError
 from strategies.files import held, write_atomic
+from strategies.identity import load_node_key
 
 log = logging.getLogger(__name__)
 
+LOCAL = "127.0.0.1"
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 10
-PATIENCE_SECONDS = 10
 RETRY_SECONDS = 10.0
 GOODBYE_SECONDS = 2.0
+WATCH_SECONDS = 10.0
 ERROR_CODE_CLIENT_APP = 2  # Flower's own code for an exception in a ClientApp
+# What it means for work in progress that the coordinator refuses to tell of its run.
+OVER = {
+    403: "the coordinator ended the run",
+    401: "the coordinator turns this site away",
+}
 
 
 def run_node(site: Site) -> None:
     """Connect the site and answer instructions until the process is told to stop.
 
     Raises:
-        ConfigError: Flower is not installed beside this Python, or the site is running already.
-        FederationError: The SuperNode ended without being asked to.
+        ConfigError: The node key is not usable, the coordinator's certificate is not that of the
+            authority joined, or the site is running already.
+        FederationError: The coordinator refuses this site or cannot be reached, and waiting does
+            not help or was long enough.
     """
     register(site)
-    state_dir = site.config.state_dir
     refusal = ConfigError(
-        f"state-dir={state_dir} is in use: this site is running already",
+        f"state-dir={site.config.state_dir} is in use: this site is running already",
         hint="stop the other `python -m client` first",
     )
-    with held(state_dir / "node.lock", refusal):
-        _serve(site)
+    with held(site.config.state_dir / "node.lock", refusal), _leaving_on_sigterm():
+        _supervise(site)
 
 
-def _serve(site: Site) -> None:
+def _supervise(site: Site) -> None:
+    """Keep a SuperNode running and answer what it brings."""
     # Flower's lines reach our log by propagation; its own handler would print them twice.
     logging.getLogger("flwr").handlers.clear()
-    secret = secrets.token_bytes(32)
+    _use_no_proxy_for(LOCAL)
     secret_file = site.config.state_dir / "executor.secret"
-    write_atomic(secret_file, secret, mode=0o600)
-    port = _free_port()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with _supernode(site, port, secret_file) as (node, node_log):
-        log.info("site=%s connecting superlink=%s", site.name, site.config.superlink)
-        client = RuntimeHttpClient.from_server_address(
-            server_address=f"127.0.0.1:{port}",
-            insecure=True,
-            root_certificates=None,
-            interceptors=[
-                RuntimeVersionHttpInterceptor(component_name="SuperExec"),
-                SuperExecAuthHttpInterceptor(
-                    master_secret=secret,
-                    protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"}),
-                ),
-            ],
-        )
-        request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
-        connection = _Connection(site, node_log)
-        while node.poll() is None:
-            connection.tell()
+    supervisor = Supervisor(site.config, site.membership)
+    with _coordinator(site) as coordinator:
+        watch = _RunWatch(site, coordinator, supervisor)
+        log.info("site=%s connecting superlink=%s", site.name, site.membership.address)
+        while True:
+            secret = secrets.token_bytes(32)
+            write_atomic(secret_file, secret, mode=0o600)
+            with supernode(site.config, site.membership, _free_port(), secret_file) as node:
+                _serve(site, node, secret, supervisor, watch)
+            time.sleep(supervisor.ended(node))
+
+
+def _serve(
+    site: Site, node: Supernode, secret: bytes, supervisor: Supervisor, watch: _RunWatch
+) -> None:
+    """Execute the node's tasks, one after another, until it ends."""
+    client = RuntimeHttpClient.from_server_address(
+        server_address=f"{LOCAL}:{node.port}",
+        insecure=True,
+        root_certificates=None,
+        interceptors=[
+            RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+            SuperExecAuthHttpInterceptor(
+                master_secret=secret,
+                protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"}),
+            ),
+        ],
+    )
+    request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+    with client:
+        while node.exit_code is None:
+            supervisor.listen(node)
             try:
-                claim = client.AcquireTask(request)
+                token = client.AcquireTask(request).token
             except httpx.HTTPError:  # the SuperNode is still starting, busy, or just ended
-                time.sleep(POLL_SECONDS)
-                continue
-            if claim.token:
-                _execute(site, port, claim.token)
+                token = ""
+            if token:
+                _execute(site, node.port, token, watch)
             else:
                 time.sleep(POLL_SECONDS)
-    raise FederationError(
-        f"the connection to superlink={site.config.superlink} ended (SuperNode exit code "
-        f"{node.returncode}: {_last_line(node_log)})",
-        hint=f"is flower-superlink running there? The full log is {node_log.name} in the state "
-        "folder",
-    )
+        supervisor.listen(node)
 
 
-def _execute(site: Site, port: int, token: str) -> None:
+def _execute(site: Site, port: int, token: str, watch: _RunWatch) -> None:
     """Answer one instruction with the installed ClientApp."""
-    # Flower's own retries never end, and the SuperNode is a process of this machine.
-    retries = make_simple_http_retry_invoker()
-    retries.max_time = RETRY_SECONDS
+    # Flower's own retries never end, and take a task that the node has given up for a reason to
+    # interrupt this process. The SuperNode is a process of this machine: it answers or is gone.
+    retries = RetryInvoker(
+        lambda: exponential(max_delay=2),
+        httpx.TransportError,
+        max_tries=None,
+        max_time=RETRY_SECONDS,
+    )
     client = RuntimeHttpClient.from_server_address(
-        server_address=f"127.0.0.1:{port}",
+        server_address=f"{LOCAL}:{port}",
         insecure=True,
         root_certificates=None,
         interceptors=[
@@ -128,22 +151,23 @@ def _execute(site: Site, port: int, token: str) -> None:
         ],
         retry_invoker=retries,
     )
-    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    heartbeat = HeartbeatSender(_heartbeat(client, site))
     heartbeat.start()
     context: Context | None = None
     status, details = "failed", "not executed"
     try:
-        message, context, _, _ = pull_task_input(client)
+        message, context, run, _ = pull_task_input(client)
         try:
-            reply = app(message, context)
+            with watch.during(run.run_id, context.node_id):
+                reply = app(message, context)
             status, details = "completed", ""
         except Exception as error:
             details = type(error).__name__
             reply = Message(Error(ERROR_CODE_CLIENT_APP, details), reply_to=message)
         push_message(client, reply, context)
     except (Exception, RunNotRunningException) as error:
-        # The run was stopped or the link is down: the next task is asked for as usual.
-        log.warning("site=%s reply not delivered: %s", site.name, type(error).__name__)
+        # The task was given up or the SuperNode is gone: the next task is asked for as usual.
+        log.warning("site=%s reply not delivered reason=%s", site.name, type(error).__name__)
         log.debug("traceback", exc_info=True)
     finally:
         retries.max_time = GOODBYE_SECONDS
@@ -153,88 +177,108 @@ def _execute(site: Site, port: int, token: str) -> None:
         client.close()
 
 
-class _Connection:
-    """Tells once that the SuperNode reached the coordinator, or that it has not for a while."""
+def _heartbeat(client: RuntimeHttpClient, site: Site) -> Callable[[], bool]:
+    """Return what tells the SuperNode that a task is being worked on, and hears that it is not.
 
-    def __init__(self, site: Site, node_log: Path) -> None:
-        self._site, self._log = site, node_log
-        self._connected = self._warned = False
-        self._started = time.monotonic()
+    Flower's own interrupts the process where the SuperNode has given the task up.
+    """
 
-    def tell(self) -> None:
-        """Look at the SuperNode's log and say what has changed."""
-        if self._connected:
-            return
-        if "SuperNode ID" in self._log.read_text(errors="replace"):
-            self._connected = True
-            log.info("site=%s connected", self._site.name)
-        elif not self._warned and time.monotonic() - self._started > PATIENCE_SECONDS:
-            self._warned = True
-            log.warning(
-                "site=%s superlink=%s does not answer yet; still trying",
-                self._site.name,
-                self._site.config.superlink,
-            )
+    def beat() -> bool:
+        try:
+            wanted = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
+        except httpx.HTTPStatusError as error:
+            wanted = error.response.status_code != 401
+        except httpx.HTTPError:
+            return False
+        if not wanted:
+            site.abort("this site's node has given the task up")
+        return True
+
+    return beat
+
+
+class _RunWatch:
+    """Asks the coordinator about a run while the site works for it, and ends the work with the run.
+
+    Flower's SuperNode does not look while a task is worked on. A coordinator out of reach is no
+    reason to stop. One whose process died is: Flower ends its run after 60 s, and tells a node
+    nothing of why a run ended.
+    """
+
+    def __init__(self, site: Site, coordinator: FleetHttpClient, supervisor: Supervisor) -> None:
+        self._site, self._coordinator, self._supervisor = site, coordinator, supervisor
+
+    @contextmanager
+    def during(self, run_id: int, node_id: int) -> Generator[None]:
+        """Watch a run while the body works."""
+        request = GetRunRequest(node=Node(node_id=node_id), run_id=run_id)
+        done, lock = threading.Event(), threading.Lock()
+        threading.Thread(
+            target=self._watch, args=(request, done, lock), daemon=True, name="run-watch"
+        ).start()
+        try:
+            yield
+        finally:
+            with lock:  # from here on nothing is aborted, though a request may still be under way
+                done.set()
+
+    def _watch(self, request: GetRunRequest, done: threading.Event, lock: threading.Lock) -> None:
+        told = False
+        while not done.wait(WATCH_SECONDS):
+            reason = self._over(request)
+            with lock:
+                if not reason or done.is_set():
+                    continue
+                # Again each time: work that only begins forgets what was before.
+                self._site.abort(reason)
+                if not told:
+                    log.warning("site=%s work=aborted reason=%s", self._site.name, reason)
+                    told = True
+
+    def _over(self, request: GetRunRequest) -> str:
+        """Return why nobody waits for the run's results any more; empty while somebody may."""
+        try:
+            self._coordinator.GetRun(request)
+        except (httpx.HTTPError, ValueError) as error:  # ValueError: not what Flower answers
+            code = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 0
+            if code in OVER:
+                return OVER[code]
+            self._supervisor.offline()
+            self._supervisor.tell()
+            return ""
+        self._supervisor.online()
+        return ""
+
+
+def _coordinator(site: Site) -> FleetHttpClient:
+    """Return a client of the coordinator that identifies itself as the site's node does."""
+    key = load_node_key(site.config.state_dir / NODE_KEY)
+    return FleetHttpClient.from_server_address(
+        site.membership.address,
+        insecure=False,
+        root_certificates=site.membership.ca_path.read_bytes(),
+        # No version interceptor: Flower's ends the process when it does not like the answer.
+        interceptors=[NodeAuthHttpInterceptor(key, key.public_key())],
+    )
 
 
 @contextmanager
-def _supernode(
-    site: Site, port: int, secret_file: Path
-) -> Generator[tuple[subprocess.Popen[bytes], Path]]:
-    """Run ``flower-supernode`` as a child that never outlives this process."""
-    program = Path(sys.executable).with_name("flower-supernode")
-    if not program.exists():
-        raise ConfigError(
-            f"{program.name} is not beside {Path(sys.executable).name}",
-            hint="install this project with pip into the Python that runs it",
-        )
-    command = [
-        str(program),
-        "--insecure",
-        *("--superlink", site.config.superlink),
-        *("--isolation", "process"),
-        *("--host", "127.0.0.1"),
-        *("--port", str(port)),
-        *("--superexec-auth-secret-file", str(secret_file)),
-        *("--node-config", f'site="{site.name}"'),
-    ]
-    home = site.config.state_dir / "flower"
-    home.mkdir(exist_ok=True)
-    node_log = site.config.state_dir / "supernode.log"
-    with node_log.open("wb") as output:
-        node = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "FLWR_HOME": str(home)},
-            preexec_fn=_die_with_parent,
-        )
+def _leaving_on_sigterm() -> Generator[None]:
+    """Have SIGTERM end the process as if it had finished, also in the middle of training."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        yield node, node_log
+        yield
     finally:
-        node.terminate()
-        try:
-            node.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            node.kill()
-            node.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this child when its parent dies, however it dies."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+def _use_no_proxy_for(host: str) -> None:
+    """Keep what stays on this machine away from a proxy that the environment names."""
+    listed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{listed},{host}" if listed else host
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOCAL, 0))
         return probe.getsockname()[1]
-
-
-def _last_line(path: Path) -> str:
-    # Without Flower's colours.
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(errors="replace")).splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")

@@ -1,0 +1,92 @@
+"""The child that carries a site's messages: ``flower-supernode``, made to end when it is of no use.
+
+Left alone (flwr 1.41, over TLS) Flower's node takes any error with "ssl" in its text for a wrong
+certificate, also a handshake that a network fault cuts. It then leaves its main loop while its
+local HTTP server keeps the process: a node that looks alive and never connects again. A heartbeat
+thread that dies leaves another such.
+
+Invariant: this process is connected, trying to connect, or gone; and it does not outlive its
+parent. Started by :mod:`client.supervisor` as ``python -m client.supernode PARENT_PID OPTIONS``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import traceback
+from typing import NoReturn
+
+import httpx
+from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
+from flwr.supernode import fleet_http_connection
+from flwr.supernode.cli import flower_supernode
+
+# What waiting does not mend; every other failure of a connection is tried again.
+HOPELESS = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")
+RETRIES = "make_simple_http_retry_invoker"
+FAILED = 1
+
+
+def main() -> NoReturn:
+    """Run the node with the options of ``flower-supernode`` until it is told to leave or fails."""
+    die_with(int(sys.argv.pop(1)))
+    threading.excepthook = _end
+    # Read before it is written: an assignment alone would not notice that the name has moved.
+    assert getattr(fleet_http_connection, RETRIES) is make_simple_http_retry_invoker
+    setattr(fleet_http_connection, RETRIES, patient_retries)
+    try:
+        flower_supernode()
+    except SystemExit:
+        if _broken.is_set():
+            os._exit(FAILED)
+        raise
+    except BaseException:  # Flower's RunNotRunningException is no Exception
+        traceback.print_exc()
+    # Here the main loop is gone, and other threads would keep the process.
+    sys.stderr.flush()
+    os._exit(FAILED)
+
+
+def patient_retries() -> RetryInvoker:
+    """Return Flower's retries, without end but for answers and certificates that stay wrong."""
+    retries = make_simple_http_retry_invoker()
+    by_status = retries.should_giveup
+    assert by_status is not None
+
+    def give_up(error: Exception) -> bool:
+        if isinstance(error, httpx.TransportError):
+            return any(word in str(error) for word in HOPELESS)
+        return by_status(error)
+
+    retries.should_giveup = give_up
+    return retries
+
+
+def die_with(parent: int) -> None:
+    """Have Linux ask this process to leave when its parent dies, however that dies.
+
+    By SIGTERM, upon which a node tells the coordinator that it goes, so that its successor need
+    not wait for the lease (60 s) to end.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before this line
+        os._exit(FAILED)
+
+
+_broken = threading.Event()
+
+
+def _end(failure: threading.ExceptHookArgs) -> None:
+    """Leave as if told to, because a thread has died: without heartbeats a node is offline."""
+    threading.__excepthook__(failure)
+    _broken.set()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ work is in the modules beside this one, imported when needed so that ``--help`` 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,6 +141,7 @@ def _add_run(commands: Any, common: cli.Parser) -> None:
 def command(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code."""
     options = parser().parse_args(arguments)
+    _reach_loopback_directly()
     if options.command == "init":
         return _init(options)
     from server.federation import Federation
@@ -155,6 +157,13 @@ def command(arguments: Sequence[str]) -> int:
         "audit": _audit,
     }
     return actions[options.command](federation, options)
+
+
+def _reach_loopback_directly() -> None:
+    """Keep the environment's proxy out of the way between this machine's own processes."""
+    for name in ("NO_PROXY", "no_proxy"):
+        hosts = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join(dict.fromkeys([*hosts, "127.0.0.1"]))
 
 
 def _init(options: argparse.Namespace) -> int:

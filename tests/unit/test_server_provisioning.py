@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 import server.__main__
-from fakes.coordinators import serving
+from fakes.coordinators import Coordinator, serving
 from fakes.enrolments import Superlink, request
 from server.certificates import create_authority, issue_server_certificate
 from server.federation import Federation
+from server.flower_control import Control, SuperlinkDownError, SuperlinkRefusalError
 from server.provisioning import (
     InitOptions,
     admit,
@@ -339,6 +341,27 @@ def test_what_is_done_is_told_before_the_superlinks_refusal(federation, tmp_path
             server.__main__.command(words)
     assert "site          A admitted" in capsys.readouterr().out
     assert set(other.admitted()) == {"A"}
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(typed, tmp_path, monkeypatch):
+    coordinator = Coordinator()
+    ca_file = tmp_path / "ca.pem"
+    ca_file.write_text(coordinator.ca_pem)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("NO_PROXY", "intranet.example.org")
+    monkeypatch.setenv("no_proxy", "")
+
+    def ask() -> None:
+        with coordinator.server(tmp_path) as address, Control(address, ca_file) as control:
+            control.nodes()
+
+    with pytest.raises(SuperlinkDownError):  # nobody listens where the proxy should
+        ask()
+    typed("audit")
+    with pytest.raises(SuperlinkRefusalError, match="answered HTTP 501"):
+        ask()
+    assert os.environ["NO_PROXY"] == "intranet.example.org,127.0.0.1"
 
 
 # --- the command line ----------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def train(site: Site, run: RunConfig, server_round: int, weights: Arrays) -> Tra
     if num_examples == 1 and run.model.norm == "batch":
         raise RefusalError("too-few-examples", "model.norm=batch needs two training examples")
     model = _model_of(site, run)
-    load_arrays(model, weights)
+    _set_weights(model, weights)
     model.train()
     torch.manual_seed(derive_seed(run.seed, "train", site.name, server_round))
     rate = learning_rate(settings, server_round, run.num_server_rounds)
@@ -155,7 +155,7 @@ def evaluate(site: Site, run: RunConfig, weights: Arrays, split_name: str) -> Ev
     """
     split = site.split(split_name, run.model)
     model = _model_of(site, run)
-    load_arrays(model, weights)
+    _set_weights(model, weights)
     model.eval()
     sums = EvaluationSums.zeros(run.model.num_classes)
     for start in range(0, len(split.labels), EVALUATION_BATCH):
@@ -214,6 +214,18 @@ def check_scan_backend(site: Site, run: RunConfig) -> None:
             "scan-backend-missing",
             f"model.scan-backend={run.model.scan_backend} cannot run at this site",
         ) from None
+
+
+def _set_weights(model: MedMamba, weights: Arrays) -> None:
+    """Set the global weights; a coordinator of another version may have other ones.
+
+    Raises:
+        RefusalError: Names or shapes are not this model's. Leaves the site: both shapes.
+    """
+    try:
+        load_arrays(model, weights)
+    except ModelError as error:
+        raise RefusalError("other-architecture", str(error)) from None
 
 
 def _model_of(site: Site, run: RunConfig) -> MedMamba:

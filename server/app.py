@@ -99,6 +99,7 @@ def host(grid: Grid, context: Context, state_dir: Path) -> Path:
     # The lines that `flwr log` shows; Flower has its own for its own.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("flwr").propagate = False
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     federation = Federation.open(state_dir)
     for warning in federation.certificates().warnings():
         log.warning("%s", warning)

@@ -372,7 +372,7 @@ def test_sites_train_through_the_gateway_what_flower_s_own_command_submits(
         cwd=hub.folder,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=240,
         check=False,
     )
 

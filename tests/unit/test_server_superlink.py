@@ -198,7 +198,8 @@ def start():
     yield _start
     for process in processes:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 def first_line(process: subprocess.Popen[str]) -> str:
@@ -210,7 +211,7 @@ def is_gone(pid: int) -> bool:
     """Whether a process has ended; one that nobody collects (a zombie) has."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return True
 
 

@@ -129,6 +129,8 @@ def _allowed(site: Site, instruction: Instruction, reply: Reply) -> Reply:
             instruction.task,
         )
         return kept
+    if site.results and instruction.task == "train":
+        site.begin_round(instruction.run_uuid, instruction.server_round)
     work = _train if instruction.task == "train" else _evaluate
     answer = work(site, instruction, reply)
     if site.results:

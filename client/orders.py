@@ -1,8 +1,9 @@
 """Which order a site follows: the newest it has seen of the federation it joined.
 
 Invariant: a site that has followed an order follows no older one, whoever sends it, also after a
-restart; and a run's settings never change under its name, also with other runs in between. What
-cannot be read is not followed, and what cannot be recorded neither.
+restart; a run's settings never change under its name, also with other runs in between; and a round
+that a run has left behind is not trained again. What cannot be read is not followed, and what
+cannot be recorded neither.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class _Followed(BaseModel):
         order_sha256: Names the newest.
         issued_ms: When it was issued.
         runs: Every run's name and the hash of its settings.
+        rounds: Every run's newest round that was trained here.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -33,6 +35,7 @@ class _Followed(BaseModel):
     order_sha256: str = ""
     issued_ms: int = -1
     runs: dict[str, str] = {}
+    rounds: dict[str, int] = {}
 
 
 def follow(path: Path, order: Order, record: Callable[[], object]) -> None:
@@ -57,12 +60,34 @@ def follow(path: Path, order: Order, record: Callable[[], object]) -> None:
     if followed.runs.get(manifest.run_uuid, settings) != settings:
         raise RefusalError("run-changed", "this run began with other settings")
     record()
-    newest = _Followed(
-        order_sha256=order.sha256,
-        issued_ms=manifest.issued_ms,
-        runs={**followed.runs, manifest.run_uuid: settings},
-    )
-    write_atomic(path, newest.model_dump_json(indent=1))
+    changes = {
+        "order_sha256": order.sha256,
+        "issued_ms": manifest.issued_ms,
+        "runs": {**followed.runs, manifest.run_uuid: settings},
+    }
+    _write(path, followed.model_copy(update=changes))
+
+
+def begin_round(path: Path, run_uuid: str, server_round: int) -> None:
+    """Note that a round is trained now, unless its run has left it behind.
+
+    A coordinator that is killed asks again for its last round, and for the one before where its
+    newest checkpoint is damaged. Whoever asks for older ones has recorded them.
+
+    Raises:
+        RefusalError: The run is further, or the file cannot be read.
+    """
+    followed = _read(path)
+    newest = followed.rounds.get(run_uuid, 0)
+    if server_round < newest - 1:
+        raise RefusalError("round-passed", f"round={server_round}: the run is at {newest} here")
+    if server_round > newest:
+        rounds = {**followed.rounds, run_uuid: server_round}
+        _write(path, followed.model_copy(update={"rounds": rounds}))
+
+
+def _write(path: Path, followed: _Followed) -> None:
+    write_atomic(path, followed.model_dump_json(indent=1))
 
 
 def _read(path: Path) -> _Followed:

@@ -23,7 +23,7 @@ from torch import Tensor
 from client.data.manifest import ImageDataset
 from client.data.transforms import prepare
 from client.membership import Membership
-from client.orders import follow
+from client.orders import begin_round, follow
 from client.policy import check_order
 from client.results import Results
 from client.site_config import AUDIT_LOG, RESULTS, SIGNING_KEY, SiteConfig
@@ -120,6 +120,14 @@ class Site:
             )
 
         follow(self.config.state_dir / ORDERS, order, record)
+
+    def begin_round(self, run_uuid: str, server_round: int) -> None:
+        """Note that this site trains a round now.
+
+        Raises:
+            RefusalError: The run has left that round behind.
+        """
+        begin_round(self.config.state_dir / ORDERS, run_uuid, server_round)
 
     def begin_work(self) -> None:
         """Start the clock of one instruction; what was aborted before is forgotten."""

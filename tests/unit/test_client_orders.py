@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client import app as app_module
-from client.orders import follow
+from client.orders import begin_round, follow
 from fakes.benches import ORDER, RUN, Bench, changed, initial, instruction
 from fakes.orders import CODE, ORDER_KEY, order
 from fakes.replies import with_envelope
@@ -265,3 +265,42 @@ def test_a_stranger_cannot_make_the_site_deaf(bench, weights):
     bench.refusal(instruction(weights, order=theirs).to_content(stranger))
     bench.refusal(instruction(weights, order=theirs))
     assert not (bench.state_dir / "orders.json").exists()
+
+
+# --- rounds of a run
+
+
+def test_a_run_goes_on_and_back_one_round(path):
+    for server_round in (1, 2, 3, 2, 3, 4, 9, 8):
+        begin_round(path, "a1b2", server_round)
+
+
+@pytest.mark.parametrize("server_round", [1, 2])
+def test_a_round_that_the_run_has_left_behind_is_over_for_good(path, server_round):
+    begin_round(path, "a1b2", 4)
+    begin_round(path, "a1b2", 3)
+    with pytest.raises(RefusalError, match=f"round={server_round}: the run is at 4 here") as caught:
+        begin_round(path, "a1b2", server_round)
+    assert caught.value.code == "round-passed"
+    begin_round(path, "another", server_round)
+    with pytest.raises(RefusalError):
+        begin_round(path, "a1b2", server_round)
+
+
+def test_rounds_and_orders_are_remembered_beside_each_other(path):
+    follow(path, issued(0), nothing)
+    begin_round(path, "a1b2", 5)
+    follow(path, issued(1), nothing)
+    with pytest.raises(RefusalError):
+        begin_round(path, "a1b2", 1)
+    assert code_of(path, issued(0)) == "order-superseded"
+
+
+def test_an_instruction_that_somebody_recorded_is_not_trained_again(bench, monkeypatch):
+    recorded = instruction(initial(), server_round=1).to_content(ORDER_KEY)
+    for server_round in range(1, 7):
+        assert bench.ask(instruction(initial(), server_round=server_round)).status == "ok"
+    monkeypatch.setattr(app_module, "train", lambda *_: pytest.fail("trained"))
+    assert bench.refusal(recorded) == "round-passed: round=1: the run is at 6 here"
+    # What may have been lost on its way is sent again.
+    assert bench.ask(instruction(initial(), server_round=6)).update

@@ -13,20 +13,22 @@ The private Flower names of this package are here, in :mod:`server.flower_contro
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
 import tomllib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from flwr.app import Context
+from flwr.app import Context, Message
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import HEARTBEAT_CALL_TIMEOUT, SubStatus
 from flwr.common.serde import context_from_proto, run_from_proto
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullTaskInputRequest,
@@ -37,6 +39,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -56,6 +59,7 @@ from flwr.superlink.grid import HttpGrid
 from server import flower_runs
 from server.flower_control import Control
 from server.flower_runs import LEASE_SECONDS, RunLostError
+from strategies.base import GRACE_SECONDS
 from strategies.errors import ConfigError, FederationError, StoppedError
 from strategies.run_config import RunConfig
 
@@ -231,9 +235,40 @@ def _claim(superlink: _Superlink, control: ControlHttpClient, run_id: int) -> st
     )
 
 
+class _Grid(HttpGrid):
+    """Flower's grid; it waits for the whole of a reply no longer than for the reply.
+
+    Flower's own waits three minutes after each piece, at most two hours, for what a site has
+    announced and does not send.
+    """
+
+    _deadline = math.inf
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Push a round's instructions, whose time to live says when it ends."""
+        messages = list(messages)
+        ttl = max((message.metadata.ttl for message in messages), default=math.inf)
+        self._deadline = time.monotonic() + ttl - GRACE_SECONDS
+        return super().push_messages(messages)
+
+    def _connect(self) -> None:
+        super()._connect()
+        assert self._client is not None
+        pull = self._client.PullObject
+
+        def pull_object(request: PullObjectRequest) -> PullObjectResponse:
+            response = pull(request)
+            waiting = response.object_found and not response.object_available
+            if waiting and time.monotonic() >= self._deadline:
+                raise ObjectPullError(request.object_id, "the round is over")
+            return response
+
+        self._client.PullObject = pull_object
+
+
 def _execute(superlink: _Superlink, token: str, run: RunConfig, main: Main) -> None:
     """Call ``main`` as the task that ``token`` stands for."""
-    grid = HttpGrid(superlink.address, root_certificates=superlink.certificates, token=token)
+    grid = _Grid(superlink.address, root_certificates=superlink.certificates, token=token)
     grid._retry_invoker = retries = _retries()
     try:
         with _heartbeat(superlink, token):

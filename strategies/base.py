@@ -222,8 +222,7 @@ class Strategy(ABC):
             if not message_id:  # flower-superlink's way to say that the node has gone
                 outcome = Outcome(site, "missing", "not connected")
             else:
-                message = _reply_to(grid, message_id, deadline)
-                outcome = self._judge(site, message_id, message, instruction)
+                outcome = self._judge(grid, site, message_id, deadline, instruction)
             if outcome.reply is not None:
                 take(outcome.reply)
             outcomes.append(self._recorded(outcome, instruction))
@@ -237,16 +236,17 @@ class Strategy(ABC):
         return [Message(content, node, kind, ttl=ttl, group_id=group) for node in nodes.values()]
 
     def _judge(
-        self, site: str, message_id: str, message: Message | None, instruction: Instruction
+        self, grid: Grid, site: str, message_id: str, deadline: float, instruction: Instruction
     ) -> Outcome:
-        """Decide what one site's answer is worth."""
-        if message is None:
-            seconds = self.config.strategy.round_timeout_seconds
-            return Outcome(site, "missing", f"no reply within {seconds:g} s")
-        if message.has_error():
-            error = message.error
-            return Outcome(site, "missing", f"Flower error {error.code}: {error.reason}")
+        """Wait for one site's answer and decide what it is worth."""
         try:
+            message = _reply_to(grid, message_id, deadline)
+            if message is None:
+                seconds = self.config.strategy.round_timeout_seconds
+                return Outcome(site, "missing", f"no reply within {seconds:g} s")
+            if message.has_error():
+                error = message.error
+                return Outcome(site, "missing", f"Flower error {error.code}: {error.reason}")
             keys = self._admitted()
             if site not in keys:
                 raise ProtocolError("the site was revoked meanwhile")
@@ -306,9 +306,19 @@ def require_quorum(settings: StrategySection, num_sites: int) -> None:
 
 
 def _reply_to(grid: Grid, message_id: str, deadline: float) -> Message | None:
-    """Wait for one reply; those that came before it wait at the superlink, not in memory."""
+    """Wait for one reply; those that came before it wait at the superlink, not in memory.
+
+    Raises:
+        ProtocolError: What the site sent is no message of Flower's.
+    """
     while True:
-        for message in grid.pull_messages([message_id]):
+        try:
+            found = list(grid.pull_messages([message_id]))
+        except Exception as error:  # Flower unpacks what a site wrote, and raises what happens
+            # A connection or run that has ended raises here again, and is not the site's fault.
+            list(grid.get_nodes())
+            raise ProtocolError(f"its reply is not readable ({type(error).__name__})") from error
+        for message in found:
             if message.metadata.reply_to_message_id == message_id:
                 return message
         if time.monotonic() >= deadline:

@@ -125,6 +125,8 @@ def one_line(text: str, limit: int | None = None) -> str:
     >>> one_line("two\nlines\x1b[2J", limit=10)
     'two lines…'
     """
+    if limit is not None:
+        text = text[: 10 * limit]  # a stranger's text may be of any length
     shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return shown if limit is None or len(shown) <= limit else f"{shown[: limit - 1]}…"
 

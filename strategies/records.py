@@ -40,6 +40,7 @@ SCHEMA_VERSION = 3
 METRICS, ENVELOPE = "metrics", "envelope"
 CODE_HASH = r"[0-9a-f]{64}"
 REASON_LENGTH = 200  # of a refusal, as a site sends it and the coordinator keeps it
+TEXT_LENGTH = 200  # of any text that a site sends
 
 MetricValue = int | float | list[int] | list[float]
 Task = Literal["train", "val", "test"]
@@ -242,6 +243,11 @@ class Reply:
                 "signature": bytes,
             },
         )
+        for name, value in values.items():
+            if isinstance(value, str | bytes) and len(value) > TEXT_LENGTH:
+                raise ProtocolError(
+                    f"{name} has {len(value)} characters; expected at most {TEXT_LENGTH}"
+                )
         signature = values["signature"]
         site, status, task = str(values["site"]), values["status"], values["task"]
         if site not in keys:

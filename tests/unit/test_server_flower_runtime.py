@@ -9,7 +9,9 @@ import threading
 
 import httpx
 import pytest
+from flwr.app import Message, RecordDict
 from flwr.common.constant import Status, SubStatus
+from flwr.proto import message_pb2, runtime_pb2
 
 from fakes.superlinks import Superlink
 from server import flower_runs, flower_runtime
@@ -69,6 +71,42 @@ def test_a_run_is_submitted_executed_and_ended(superlink, hosted):
     wanted = ["start-run", "acquire-task", "pull-task-input", "get-nodes", "push-task-output"]
     assert [name for name in superlink.calls if name in wanted] == wanted
     assert "send-task-heartbeat" in superlink.calls
+
+
+def test_a_reply_that_never_comes_whole_is_waited_for_as_long_as_a_reply(superlink, hosted):
+    """Its site has announced it and sends nothing more."""
+    asked = []
+
+    def announced(content, run):
+        metadata = message_pb2.Metadata(
+            run_id=run.run_id, message_id="0" * 64, reply_to_message_id="1" * 64
+        )
+        return runtime_pb2.PullAppMessagesResponse(
+            messages_list=[message_pb2.Message(metadata=metadata)],
+            message_object_trees=[message_pb2.ObjectTree(object_id="0" * 64)],
+        )
+
+    def not_yet(content, run):
+        asked.append(content)
+        return message_pb2.PullObjectResponse(object_found=True, object_available=False)
+
+    superlink.push_messages = lambda content, run: runtime_pb2.PushAppMessagesResponse(
+        message_ids=["1" * 64]
+    )
+    superlink.pull_messages, superlink.pull_object = announced, not_yet
+    received = []
+
+    def main(grid) -> None:
+        ttl = 0.5 + flower_runtime.GRACE_SECONDS
+        grid.push_messages([Message(RecordDict(), 7, "train", ttl=ttl)])
+        received.extend(grid.pull_messages(["1" * 64]))
+
+    hosted(lambda grid, context: main(grid))
+    (message,) = received
+    assert message.has_error()
+    assert message.metadata.reply_to_message_id == "1" * 64
+    assert "the round is over" in message.error.reason
+    assert len(asked) > 1, "until then it may come"
 
 
 def test_a_superlink_that_was_never_there(superlink, hosted):

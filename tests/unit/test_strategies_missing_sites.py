@@ -64,6 +64,42 @@ def test_an_exception_in_a_site_is_a_missing_reply():
     assert by_site(outcomes)["B"].reason.endswith("site=B cannot answer: KeyError")
 
 
+class Unreadable(Sites):
+    """Flower cannot unpack what B sent, or cannot reach the superlink any more.
+
+    Attributes:
+        gone: Whether the superlink is.
+    """
+
+    gone = False
+
+    def pull_messages(self, message_ids):
+        (reply,) = super().pull_messages(message_ids)
+        if NODES[reply.metadata.src_node_id] == "B":
+            raise AttributeError("'ArrayRecord' object has no attribute 'metadata'")
+        return [reply]
+
+    def get_nodes(self):
+        if self.gone:
+            raise ConnectionError("flower-superlink does not answer")
+        return super().get_nodes()
+
+
+def test_what_flower_cannot_unpack_is_that_sites_bad_reply():
+    found, outcomes = strategy().train(Unreadable(), NODE_OF, 1, weights())
+    assert_same_bits(found, mean_by_hand("AC"))
+    outcome = by_site(outcomes)["B"]
+    assert outcome.status == "dropped"
+    assert outcome.reason == "its reply is not readable (AttributeError)"
+
+
+def test_a_connection_that_ended_is_no_bad_reply():
+    grid = Unreadable()
+    grid.gone = True
+    with pytest.raises(ConnectionError):
+        strategy().train(grid, NODE_OF, 1, weights())
+
+
 def test_a_refusal_is_told_apart_from_a_failure():
     def refuses(site, message):
         reply = good(site, message, status="refused", reason="too-much-work: limit 3")

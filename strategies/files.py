@@ -71,11 +71,20 @@ def held(lock: Path, refusal: ConfigError) -> Generator[None]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and force it to disk before returning."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one line and force it to disk before returning; on a full disk nothing of it stays."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        length = os.fstat(handle).st_size
+        try:
+            data = f"{line}\n".encode()
+            while data:
+                data = data[os.write(handle, data) :]
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, length)
+            raise
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:

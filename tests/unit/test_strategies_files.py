@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -107,6 +108,28 @@ def test_lines_are_appended_and_synced(tmp_path, monkeypatch):
     append_line(path, "zw\u00f6lf")
     assert path.read_text(encoding="utf-8") == "one\nzw\u00f6lf\n"
     assert len(synced) == 2
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_of_a_line_that_does_not_fit_nothing_stays(tmp_path, monkeypatch, call):
+    path = tmp_path / "log"
+    append_line(path, "one")
+    write, real = os.write, getattr(os, call)
+    calls = iter([lambda handle, *data: write(handle, data[0][:2])] if call == "write" else [])
+
+    def full(*arguments):
+        for part in calls:
+            return part(*arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(OSError, match="No space left"):
+            append_line(path, "two")
+    assert getattr(os, call) is real
+    assert path.read_text() == "one\n"
+    append_line(path, "two")
+    assert path.read_text() == "one\ntwo\n"
 
 
 def test_syncing_a_folder_leaks_no_handle(tmp_path):

@@ -24,9 +24,14 @@ from contextlib import contextmanager, suppress
 
 import httpx
 from flwr.app import Context, Error, Message
+from flwr.common.serde import context_to_proto
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.interceptors import (
@@ -35,17 +40,16 @@ from flwr.supercore.interceptors import (
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.retry import RetryInvoker, exponential
-from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from client.app import app
 from client.site import Site, register
 from client.site_config import NODE_KEY
 from client.supervisor import Supernode, Supervisor, supernode
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, FederationError
 from strategies.files import held, write_atomic
 from strategies.identity import load_node_key
 
@@ -162,17 +166,24 @@ def _execute(site: Site, port: int, token: str, watch: _RunWatch) -> None:
                 reply = app(message, context)
             status, details = "completed", ""
         except Exception as error:
-            details = type(error).__name__
+            # The ClientApp's own errors say what may leave; of others the class alone does.
+            own = isinstance(error, FederationError)
+            details = str(error) if own else type(error).__name__
             reply = Message(Error(ERROR_CODE_CLIENT_APP, details), reply_to=message)
         push_message(client, reply, context)
-    except (Exception, RunNotRunningException) as error:
+    except Exception as error:
         # The task was given up or the SuperNode is gone: the next task is asked for as usual.
-        log.warning("site=%s reply not delivered reason=%s", site.name, type(error).__name__)
+        code = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 0
+        reason = f"HTTP {code}" if code else type(error).__name__
+        log.warning("site=%s reply not delivered reason=%s", site.name, reason)
         log.debug("traceback", exc_info=True)
     finally:
         retries.max_time = GOODBYE_SECONDS
-        with suppress(httpx.HTTPError, RunNotRunningException):
-            push_task_output(client, context, status, details)
+        state = context_to_proto(context) if context else None
+        with suppress(httpx.HTTPError):
+            client.PushTaskOutput(
+                PushTaskOutputRequest(context=state, sub_status=status, details=details)
+            )
         heartbeat.stop()
         client.close()
 

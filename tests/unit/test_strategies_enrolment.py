@@ -13,7 +13,7 @@ from fakes.coordinators import Coordinator
 from fakes.hospitals import Hospital, openssh
 from strategies.enrolment import EnrolmentRequest, FederationPolicy, JoinDocument, _raw
 from strategies.errors import ConfigError, SignatureError
-from strategies.identity import fingerprint
+from strategies.identity import fingerprint, sign
 
 REFUSED = (ConfigError, SignatureError)
 
@@ -70,6 +70,14 @@ def test_no_private_key_is_in_a_document():
         "version", "created", "signature", "federation", "name", "site", "site_fingerprint",
         "address", "ca_certificate", "order_public_key", "policy",
     }  # fmt: skip
+
+
+@each_document
+def test_the_signature_is_over_the_kind_and_every_other_field(document):
+    key = HOSPITAL.signing if document is REQUEST else COORDINATOR.order_key
+    values = json.loads(document.to_json())
+    signature = base64.b64decode(values.pop("signature"))
+    assert signature == sign(key, {"kind": type(document).__name__, **values})
 
 
 # --- altered on the way

@@ -44,8 +44,11 @@ def test_a_proof_of_possession_serves_its_own_request_alone():
 
 
 def test_a_proof_of_possession_is_for_one_name():
-    with pytest.raises(SignatureError):
-        EnrolmentRequest.parse(HOSPITAL.request(site="B").to_json())
+    """Also where all else is signed for the new name, as a thief of the signing key could."""
+    wrap = _statement("wrap-key", "B", REQUEST.wrap_public_key)
+    renamed = HOSPITAL.request(site="B", wrap_signature=_text(sign(HOSPITAL.signing, wrap)))
+    with pytest.raises(SignatureError, match="node_signature"):
+        EnrolmentRequest.parse(renamed.to_json())
 
 
 def test_a_request_signed_by_another_key_than_its_own_is_refused():

@@ -74,7 +74,6 @@ def parser() -> cli.Parser:
     join.add_argument("file", type=Path, metavar="FILE", help="the coordinator's NAME.join.json")
     join.add_argument(
         "--fingerprint",
-        default="",
         metavar="F",
         help="the coordinator's fingerprint as told by telephone; another one is refused",
     )
@@ -133,7 +132,7 @@ def _init(site: str, path: Path, *, unprotected: bool) -> int:
     return 0
 
 
-def _join(site: str, path: Path, file: Path, fingerprint: str) -> int:
+def _join(site: str, path: Path, file: Path, fingerprint: str | None) -> int:
     from client.membership import join
 
     print(join(_config(site, path), file, fingerprint))

@@ -85,7 +85,7 @@ def read_membership(config: SiteConfig) -> Membership:
     return Membership(document, config.superlink or document.address, ca_path)
 
 
-def join(config: SiteConfig, file: Path, expected: str = "") -> str:
+def join(config: SiteConfig, file: Path, expected: str | None = None) -> str:
     """Take the coordinator's document: check it, pin it, record it.
 
     The same document again changes nothing; a newer one of the same coordinator replaces it.
@@ -93,7 +93,7 @@ def join(config: SiteConfig, file: Path, expected: str = "") -> str:
     Args:
         config: The site's file; its keys exist.
         file: The coordinator's ``NAME.join.json``.
-        expected: The coordinator's fingerprint as told by telephone; empty: compared afterwards.
+        expected: The coordinator's fingerprint as told by telephone; None: compared afterwards.
 
     Returns:
         What to tell the person.
@@ -123,7 +123,11 @@ def join(config: SiteConfig, file: Path, expected: str = "") -> str:
         # In this order a crash leaves a pair that read_membership refuses and join completes.
         write_atomic(ca_path, document.ca_certificate)
         write_atomic(path, text)
-    told = "it is the one that you gave" if expected else "compare it with them by telephone"
+    told = (
+        "it is the one that you gave"
+        if expected is not None
+        else "compare it with them by telephone"
+    )
     return "\n".join(
         [
             f"federation   {one_line(f'{document.name} ({document.federation})', 80)}",
@@ -167,8 +171,8 @@ def _check_is_for(config: SiteConfig, document: JoinDocument, name: str) -> None
         )
 
 
-def _check_fingerprint(document: JoinDocument, expected: str) -> None:
-    if expected and _digits(expected) != _digits(document.fingerprint):
+def _check_fingerprint(document: JoinDocument, expected: str | None) -> None:
+    if expected is not None and _digits(expected) != _digits(document.fingerprint):
         raise ConfigError(
             f"coordinator's fingerprint={document.fingerprint}; expected {expected}",
             hint="read it out by telephone once more; if it still differs, do not use this file",

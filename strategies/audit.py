@@ -94,7 +94,7 @@ class AuditLog:
     def _missing(self) -> FederationError:
         return FederationError(
             f"audit log {self.path.name} is missing or empty",
-            hint="restore it from a backup; `python -m client init` begins the log of a new site",
+            hint="restore it from a backup; only `init` of a new site or federation begins one",
         )
 
     def _head(self) -> tuple[int, str]:
@@ -138,7 +138,7 @@ def _parse(line: bytes, number: int, name: str) -> dict[str, object]:
     if not line.endswith(b"\n"):
         raise FederationError(
             f"audit log {name} line {number}: incomplete, as after a power failure",
-            hint="keep a copy, remove that line, check with `python -m client audit --verify`",
+            hint="keep a copy, remove that line, and check with `audit --verify`",
         )
     if not (intact and complete):
         raise FederationError(

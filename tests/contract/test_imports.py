@@ -39,6 +39,7 @@ NOWHERE = {"medmnist", "tests", "torchvision"}
 PUBLIC_FLOWER = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
 MAY_USE_PRIVATE_FLOWER = {
     "client/flower_runtime.py",
+    "client/supernode.py",
     "server/flower_control.py",
     "server/flower_runs.py",
     "server/flower_runtime.py",

@@ -62,7 +62,7 @@ def joined(tmp_path, site, document):
     return site
 
 
-def refused(site, path, expected="") -> ConfigError:
+def refused(site, path, expected=None) -> ConfigError:
     """The error, after a look that nothing has changed."""
     before = contents(site.state_dir)
     with pytest.raises(ConfigError) as error:
@@ -121,7 +121,10 @@ def test_the_fingerprint_may_be_typed_as_it_was_heard(tmp_path, site, document, 
     assert "the one that you gave" in join(site, write(tmp_path, document), given)
 
 
-@pytest.mark.parametrize("change", [lambda f: f[:-1], lambda f: f + "0", lambda f: "0000" + f[4:]])
+@pytest.mark.parametrize(
+    "change",
+    [lambda f: f[:-1], lambda f: f + "0", lambda f: "0000" + f[4:], lambda f: ""],
+)
 def test_another_fingerprint_is_refused(tmp_path, site, document, change):
     told = change(document.fingerprint)
     error = refused(site, write(tmp_path, document), told)

@@ -39,6 +39,7 @@ from strategies.run_config import SCAN_BACKENDS
 SCHEMA_VERSION = 3
 METRICS, ENVELOPE = "metrics", "envelope"
 CODE_HASH = r"[0-9a-f]{64}"
+VERSION = r"[0-9A-Za-z.+!_-]{1,64}"  # PEP 440; it is shown to people
 REASON_LENGTH = 200  # of a refusal, as a site sends it and the coordinator keeps it
 TEXT_LENGTH = 200  # of any text that a site sends
 
@@ -120,6 +121,7 @@ class Instruction:
                 "task": str,
                 "signature": bytes,
             },
+            records=(ARRAYS, ENVELOPE),
         )
         order_signature, signature = values["order-signature"], values["signature"]
         assert isinstance(order_signature, bytes)  # _envelope checked their types
@@ -242,6 +244,7 @@ class Reply:
                 "version": str,
                 "signature": bytes,
             },
+            records=(ARRAYS, METRICS, ENVELOPE),
         )
         for name, value in values.items():
             if isinstance(value, str | bytes) and len(value) > TEXT_LENGTH:
@@ -256,6 +259,8 @@ class Reply:
             raise ProtocolError(f"status={status!r} task={task!r} are not known")
         if not re.fullmatch(CODE_HASH, str(values["code-sha256"])):
             raise ProtocolError(f"code-sha256={values['code-sha256']!r}: expected 64 hex digits")
+        if not re.fullmatch(VERSION, str(values["version"])):
+            raise ProtocolError(f"version={values['version']!r}: expected one such as 1.2.3")
         reply = cls(
             site=site,
             federation=str(values["federation"]),
@@ -303,13 +308,13 @@ def _instruction_document(instruction: Instruction, arrays_sha256: str) -> dict[
 
 
 def _envelope(
-    content: RecordDict, kinds: Mapping[str, type]
+    content: RecordDict, kinds: Mapping[str, type], *, records: tuple[str, ...]
 ) -> dict[str, int | float | str | bytes]:
     record = content.config_records.get(ENVELOPE)
     if record is None:
         raise ProtocolError(f"record {ENVELOPE!r} is missing")
     for name in content:
-        if name not in (ARRAYS, METRICS, ENVELOPE):
+        if name not in records:
             raise ProtocolError(f"record {name!r} is not declared")
     values = dict(record)
     version = values.pop("schema-version", None)

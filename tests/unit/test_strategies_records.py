@@ -154,6 +154,20 @@ def test_a_code_hash_is_64_hex_digits(code):
         Reply.from_content(reply(code_sha256=code).to_content(SITE_KEY), KEYS)
 
 
+@pytest.mark.parametrize("text", ["", "1.0\n", "1.0\x1b[2J", "<b>1</b>", "1 0", "1" * 65, "\u00e4"])
+def test_a_version_is_what_people_can_be_shown(text):
+    with pytest.raises(ProtocolError, match=r"^version=.*: expected one such as 1\.2\.3$"):
+        Reply.from_content(reply(version=text).to_content(SITE_KEY), KEYS)
+
+
+def test_an_instruction_has_no_metrics():
+    """Whatever is not signed is not there."""
+    content, read = content_of("instruction")
+    content["metrics"] = MetricRecord({"x": 1})
+    with pytest.raises(ProtocolError, match="record 'metrics' is not declared"):
+        read(over_the_wire(content))
+
+
 def test_a_reply_says_which_code_answered():
     received = Reply.from_content(over_the_wire(reply().to_content(SITE_KEY)), KEYS)
     assert (received.code_sha256, received.version) == (code_sha256(), version())

@@ -25,7 +25,7 @@ os.environ |= {
 }
 
 # Asserts in shared helpers explain themselves as those in tests do.
-pytest.register_assert_rewrite("fakes")
+pytest.register_assert_rewrite("fakes", "faults.real_processes")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

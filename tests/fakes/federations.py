@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fakes.links import Link
+from server.federation import Federation as Coordinator
+from server.flower_control import Control, Node
 
 SITES = ("A", "B", "C")
 RUN = "runs/first"
@@ -38,10 +40,12 @@ class Federation:
         folder: Working directory of every command.
         environment: Of every command.
         links: The sites' own lines to the superlink, where :meth:`link` made one.
+        run: The run's directory, as ``--output`` and ``--resume`` name it.
     """
 
     def __init__(self, folder: Path, sites: Sequence[str] = SITES) -> None:
-        self.folder, self.sites = folder, tuple(sites)
+        self.folder, self.sites, self.run = folder, tuple(sites), RUN
+        self._log_starts: dict[str, int] = {}
         self.port = free_port()
         self.links: dict[str, Link] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -92,7 +96,26 @@ class Federation:
 
     @property
     def run_dir(self) -> Path:
-        return self.folder / RUN
+        return self.folder / self.run
+
+    def begin(self, run: str) -> None:
+        """Have everybody up for a new run, and forget what was logged before.
+
+        A test that failed in between may have left anything.
+        """
+        self.thaw(*self.processes)
+        for name in list(self.processes):
+            if name not in ("superlink", *self.sites):
+                self.crash(name)
+                del self.processes[name]
+        if not self.is_up("superlink"):
+            self.start_superlink()
+        for site in self.sites:
+            if not self.is_up(site):
+                self.start_sites(site)
+        self.run = run
+        for path in self.folder.glob("*.log"):
+            self._log_starts[path.stem] = path.stat().st_size
 
     # --- processes -------------------------------------------------------------------------------
 
@@ -144,18 +167,47 @@ class Federation:
 
     def run_words(self, **changes: Any) -> list[str]:
         named = {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
-        words = ["server", "run", "--output", RUN]
+        words = ["server", "run", "--output", self.run]
         for key, value in {**SETTINGS, **named}.items():
             words += ["--set", f"{key}={value}"]
         return words
 
     def start_resumed(self, name: str = "resumed") -> subprocess.Popen[bytes]:
-        return self.start(name, "server", "run", "--resume", RUN)
+        return self.start(name, "server", "run", "--resume", self.run)
+
+    def is_up(self, name: str) -> bool:
+        return name in self.processes and self.processes[name].poll() is None
 
     def kill(self, name: str) -> None:
         """SIGKILL to one process, as a crash: no handler runs."""
-        self.processes[name].send_signal(signal.SIGKILL)
+        self.processes[name].kill()
         self.processes[name].wait()
+
+    def crash(self, name: str) -> None:
+        """SIGKILL to a process and all that it started, at once: as a machine without power."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.processes[name].pid, signal.SIGKILL)
+        self.processes[name].wait()
+
+    def terminate(self, name: str, code: int = 0) -> None:
+        """SIGTERM, as an operator's or systemd's."""
+        self.processes[name].terminate()
+        self.end(name, code, timeout=30)
+
+    def freeze(self, name: str) -> None:
+        """Have one process stand still."""
+        self.processes[name].send_signal(signal.SIGSTOP)
+
+    def thaw(self, *names: str) -> None:
+        """Have processes, and what they started, go on."""
+        for name in names:
+            with suppress(ProcessLookupError):
+                os.killpg(self.processes[name].pid, signal.SIGCONT)
+
+    def children(self, name: str) -> list[int]:
+        """Live processes of a process's group beside itself."""
+        group = self.processes[name].pid
+        return [pid for pid in _group(group) if pid != group]
 
     def end(self, name: str, code: int = 0, timeout: float = 180) -> str:
         """Wait for a process to end by itself; returns its log."""
@@ -168,23 +220,24 @@ class Federation:
 
     def stop(self) -> None:
         """End everything."""
+        self.thaw(*self.processes)
         for process in reversed(self.processes.values()):
             if process.poll() is None:
                 process.terminate()
-        for process in self.processes.values():
-            try:
+        for name, process in self.processes.items():
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(15)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            self.crash(name)
         for link in self.links.values():
             link.close()
 
     # --- what happened ---------------------------------------------------------------------------
 
     def log(self, name: str) -> str:
+        """What a process has said since :meth:`begin`."""
         path = self.folder / f"{name}.log"
-        return path.read_text(errors="replace") if path.exists() else ""
+        said = path.read_bytes() if path.exists() else b""
+        return said[self._log_starts.get(name, 0) :].decode(errors="replace")
 
     def logs(self) -> str:
         return "\n".join(
@@ -198,8 +251,8 @@ class Federation:
             lambda: self.log(name).count(text) >= count, f"{name} says {text!r}", self.logs, seconds
         )
 
-    def history(self) -> list[dict[str, Any]]:
-        path = self.run_dir / "history.jsonl"
+    def history(self, run_dir: Path | None = None) -> list[dict[str, Any]]:
+        path = (run_dir or self.run_dir) / "history.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def outcomes(self) -> dict[tuple[int, str], str]:
@@ -217,9 +270,31 @@ class Federation:
             if line["type"] == "site"
         }
 
+    def coordinator(self) -> Coordinator:
+        """The coordinator's state folder, as its commands see it."""
+        return Coordinator.open(self.server_state)
+
+    def nodes(self) -> dict[str, Node]:
+        """What flower-superlink knows of the sites' nodes, by name."""
+        coordinator = self.coordinator()
+        with Control(coordinator.superlink_address, coordinator.ca_file) as control:
+            return {node.name: node for node in control.nodes()}
+
     def audit(self, path: Path) -> list[dict[str, Any]]:
         """The entries of an audit log."""
         return [json.loads(line) for line in (path / "audit.jsonl").read_text().splitlines()]
+
+    def decisions(self, state: Path, event: str, **fields: Any) -> list[dict[str, Any]]:
+        """What an audit log says of this run: the fields of the entries that have these."""
+        path = self.run_dir / "config.json"
+        if not path.exists():
+            return []
+        fields["run_uuid"] = json.loads(path.read_text())["run_uuid"]
+        return [
+            entry["fields"]
+            for entry in self.audit(state)
+            if entry["event"] == event and fields.items() <= entry["fields"].items()
+        ]
 
 
 @contextmanager
@@ -244,6 +319,17 @@ def wait_until(
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}\n{explain()}"
         time.sleep(0.1)
+
+
+def _group(group: int) -> list[int]:
+    """Live processes of a process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            state, _, pgrp, *_ = path.read_text().rpartition(")")[2].split()
+            if int(pgrp) == group and state not in ("Z", "X"):
+                found.append(int(path.parent.name))
+    return found
 
 
 def free_port() -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from faults.plugin import pytest_addoption, pytest_configure  # noqa: F401 (hooks)
+from faults.real_processes import federation, hospitals, whole  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="session")

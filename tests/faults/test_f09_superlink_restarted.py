@@ -1,0 +1,83 @@
+"""F9: flower-superlink is gone for a moment, or for longer than Flower keeps a run."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from fakes.federations import Federation
+from faults.real_processes import (
+    SETTINGS,
+    repeated,
+    require_equal,
+    require_intact_logs,
+    wait_until_asked,
+)
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.mark.fault(
+    "F9",
+    fault="flower-superlink is restarted in the middle of a run",
+    injection="SIGKILL while the sites train; started again at once, and in another run after more "
+    "than the minute for which Flower keeps a run",
+    promise="the sites connect again by themselves, over TLS and with their keys, nobody trains "
+    "twice, and the run completes by itself in the bytes of one that nothing happened to",
+)
+def test_a_superlink_that_is_back_soon_goes_on_with_the_run(
+    federation: Federation, whole: Path
+) -> None:
+    before = {site: federation.children(site) for site in federation.sites}
+    federation.start_run(**SETTINGS)
+    wait_until_asked(federation, "A", 2)
+    federation.kill("superlink")
+    federation.wait_for("run", "flower-superlink does not answer")
+    federation.start_superlink()
+
+    said = federation.end("run")
+    assert "flower-superlink answers again" in said
+    assert said.count("submitted flower_run_id=") == 1
+    require_equal(federation, whole)
+    assert {site: federation.children(site) for site in federation.sites} == before
+    require_tls_and_keys(federation)
+    require_intact_logs(federation)
+
+
+@pytest.mark.fault("F9")
+def test_a_superlink_that_was_away_for_long_gets_the_run_anew(
+    federation: Federation, whole: Path
+) -> None:
+    federation.start_run(**SETTINGS)
+    wait_until_asked(federation, "A", 2)
+    federation.kill("superlink")
+    federation.wait_for("run", "is lost")
+    federation.start_superlink()
+
+    said = federation.end("run")
+    assert said.count("submitted flower_run_id=") == 2
+    assert "resumed after round=1" in said
+    require_equal(federation, whole)
+    assert [repeated(federation, site, 2) for site in "ABC"] == [1, 1, 1]
+    require_tls_and_keys(federation)
+    require_intact_logs(federation)
+
+
+def require_tls_and_keys(federation: Federation) -> None:
+    """Require that the superlink speaks TLS alone, and to nobody without a node's key."""
+    path = f"//127.0.0.1:{federation.port}/v1/fleet/pull-messages"
+    headers = {"Content-Type": "application/protobuf"}
+    context = ssl.create_default_context(cafile=str(federation.server_state / "ca.pem"))
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(
+            urllib.request.Request(f"https:{path}", b"", headers), context=context
+        )
+    with refused.value as answer:
+        assert answer.code == 401
+    with pytest.raises((http.client.HTTPException, ConnectionError)):  # not even an answer
+        urllib.request.urlopen(urllib.request.Request(f"http:{path}", b"", headers))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fakes.experiments import history, make_scenario, model_bytes, resume, start, untimed
+from fakes.experiments import SITES, history, make_scenario, model_bytes, resume, start, untimed
 from faults.in_process import GRID, Absent, Here
 from strategies.errors import QuorumError
 
@@ -60,6 +60,8 @@ def test_sites_that_leave_end_the_run_and_it_goes_on_when_they_are_back(
         start(path, scenario(), fault=here)
     assert [n for _, _, n in here.seen] == [1, 1, 1]
     monkeypatch.undo()
-    resume(path)
+    asked = []
+    resume(path, on_reply=asked.append)
+    assert len(asked) == 3 * len(SITES)  # round 2, validation, test: round 1 was kept
     assert model_bytes(path) == model_bytes(whole)
     assert untimed(history(path)) == untimed(history(whole))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,13 +45,12 @@ def simulate(repository, environment):
     return _simulate
 
 
-def killed_in_round(process: subprocess.Popen[str], path: Path, server_round: int) -> None:
-    """Kill a run as soon as the checkpoint of the round before is there: in the middle of this."""
-    newest = path / "checkpoints" / f"round_{server_round - 1:06}.safetensors"
+def killed_when(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Kill a run at the moment when something is true."""
     with process:
-        while not newest.exists():
+        while not condition():
             assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.002)
+            time.sleep(0.001)
         process.kill()
 
 
@@ -58,17 +58,21 @@ def killed_in_round(process: subprocess.Popen[str], path: Path, server_round: in
 @pytest.mark.fault(
     "F27",
     fault="The process of a simulation dies",
-    injection="SIGKILL to simulation/run.py in round 2, and to its --resume in round 3",
+    injection="SIGKILL to simulation/run.py in round 2, and to its --resume while it writes down "
+    "round 3",
     promise="the run directory says that the run is not finished, and --resume ends in the same "
     "bytes as a run that was never interrupted",
 )
 def test_a_killed_simulation_is_unfinished_and_resumes_to_the_same_bytes(simulate, tmp_path):
     whole, path = tmp_path / "whole", tmp_path / "killed"
+    log = path / "history.jsonl"
     start(whole, read_scenario("quick", parse_assignments(SETTINGS)))
     settings = (word for assignment in SETTINGS for word in ("--set", assignment))
-    killed_in_round(simulate(*settings, "--output", path), path, 2)
+    first = path / "checkpoints" / "round_000001.safetensors"
+    killed_when(first.exists, simulate(*settings, "--output", path))
     unfinished(path)
-    killed_in_round(simulate("--resume", path), path, 3)
+    # While it writes down round 3, before the checkpoint that counts.
+    killed_when(lambda: '"server_round": 3' in log.read_text(), simulate("--resume", path))
     unfinished(path)
 
     last = simulate("--resume", path)

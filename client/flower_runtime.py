@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 import httpx
 from flwr.app import Context, Error, Message
 from flwr.common.serde import context_to_proto
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.proto.runtime_pb2 import (
@@ -34,6 +35,7 @@ from flwr.proto.runtime_pb2 import (
 )
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -160,6 +162,7 @@ def _execute(site: Site, port: int, token: str, watch: _RunWatch) -> None:
     context: Context | None = None
     status, details = "failed", "not executed"
     try:
+        _give_up_with_the_run(client, watch)
         message, context, run, _ = pull_task_input(client)
         try:
             with watch.during(run.run_id, context.node_id):
@@ -186,6 +189,27 @@ def _execute(site: Site, port: int, token: str, watch: _RunWatch) -> None:
             )
         heartbeat.stop()
         client.close()
+
+
+def _give_up_with_the_run(client: RuntimeHttpClient, watch: _RunWatch) -> None:
+    """Wait for the whole of an instruction no longer than its run lasts.
+
+    A run may end while the SuperNode fetches an instruction; it hands the task out all the same,
+    and Flower's own wait for the missing pieces is two hours, with all later tasks behind it.
+    """
+    pull, asked = client.PullObject, time.monotonic()
+
+    def pull_object(request: PullObjectRequest) -> PullObjectResponse:
+        nonlocal asked
+        response = pull(request)
+        is_missing = response.object_found and not response.object_available
+        if is_missing and time.monotonic() - asked >= WATCH_SECONDS:
+            asked = time.monotonic()
+            if reason := watch.over(GetRunRequest(node=request.node, run_id=request.run_id)):
+                raise ObjectPullError(request.object_id, reason)
+        return response
+
+    client.PullObject = pull_object
 
 
 def _heartbeat(client: RuntimeHttpClient, site: Site) -> Callable[[], bool]:
@@ -236,7 +260,7 @@ class _RunWatch:
     def _watch(self, request: GetRunRequest, done: threading.Event, lock: threading.Lock) -> None:
         told = False
         while not done.wait(WATCH_SECONDS):
-            reason = self._over(request)
+            reason = self.over(request)
             with lock:
                 if not reason or done.is_set():
                     continue
@@ -246,7 +270,7 @@ class _RunWatch:
                     log.warning("site=%s work=aborted reason=%s", self._site.name, reason)
                     told = True
 
-    def _over(self, request: GetRunRequest) -> str:
+    def over(self, request: GetRunRequest) -> str:
         """Return why nobody waits for the run's results any more; empty while somebody may."""
         try:
             self._coordinator.GetRun(request)

@@ -7,6 +7,7 @@ and those of the coordinator's answer (2004) are in the log alone (flwr 1.41).
 from __future__ import annotations
 
 import re
+import signal
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,14 +91,16 @@ def judge(exit_code: int | None, text: str) -> Ending:
             "python -m client check compares the clocks; ask the coordinator whether it knows "
             "this site",
         )
+    if answers := ANSWER.findall(text):
+        status, call = answers[-1]
+        return Ending("other", f"the coordinator answered {one_line(status, 80)} to {call}")
+    if exit_code is not None and exit_code < 0:
+        return Ending("other", f"ended by {signal.Signals(-exit_code).name}")
     return Ending("other", f"exit code {exit_code}: {_last_words(text)}")
 
 
 def _last_words(text: str) -> str:
     """Return the line that says most about a failure, without paths."""
-    if answers := ANSWER.findall(text):
-        status, call = answers[-1]
-        return f"the coordinator answered {one_line(status, 80)} to {call}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     opening = "Failed to initialize the connection to the SuperLink."
     if opening in lines[:-1]:

@@ -225,9 +225,7 @@ class Supervisor:
                     hint=ending.hint,
                 )
         self._check_limit()
-        seconds = random.uniform(
-            0, min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2**self._attempt)
-        )
+        longest = min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** min(self._attempt, 9))
         self._attempt += 1
         log.log(
             logging.DEBUG if ending.reason == self._last_reason else logging.WARNING,
@@ -236,7 +234,7 @@ class Supervisor:
             ending.reason,
         )
         self._last_reason, self._told = ending.reason, True
-        return seconds
+        return random.uniform(0, longest)
 
     def _check_limit(self) -> None:
         seconds = 0.0 if self._online_since else time.monotonic() - self._offline_since

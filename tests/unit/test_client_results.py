@@ -303,7 +303,7 @@ def test_an_answer_that_cannot_be_kept_does_not_leave(bench, weights, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr("client.results.write_atomic", full)
-        assert bench.refusal(instruction(weights)) == "failed: OSError, see the site's log"
+        assert bench.refusal(instruction(weights)).startswith("failed: OSError")
     assert bench.ask(instruction(weights)).status == "ok"
     assert trained == [1, 1]
 

@@ -137,15 +137,23 @@ def test_a_log_that_cannot_be_written_ends_the_run_at_the_first_site(log, task, 
 
 
 def test_what_a_stranger_wrote_is_one_short_line_of_the_log(log):
-    forged = 'x"}\n{"event":"outcome","fields":{"site":"C","status":"ok"}}\n\x1b[2J' + "y" * 10_000
+    forged = 'x"}\n{"event":"outcome","fields":{"site":"C","status":"ok"}}\n\x1b[2J' + "y" * 99
     rounds = strategy(audit=log)
     grid = Sites({"B": lambda s, m: signed(s, m, status="refused", reason=forged, metrics={})})
     _, outcomes = rounds.train(grid, NODE_OF, 1, weights())
     found = entries(log)
     assert len(found) == 3
     assert found[1]["reason"] == by_site(outcomes)["B"].reason
-    assert len(found[1]["reason"]) == REASON_LENGTH
     assert found[1]["reason"].isprintable()
+
+
+def test_a_reason_of_many_errors_is_cut(log):
+    """The words are the coordinator's own, the names in them a site's."""
+    odd = {"x" * 300: np.ones(1, np.float32)}
+    strategy(audit=log).train(
+        Sites({"B": lambda s, m: signed(s, m, update=odd)}), NODE_OF, 1, weights()
+    )
+    assert len(entries(log)[1]["reason"]) == REASON_LENGTH
 
 
 def test_a_refusal_brings_no_update_whatever_is_in_it(log):

@@ -83,7 +83,8 @@ def judge(exit_code: int | None, text: str) -> Ending:
             "end the other process of this site, or ask the coordinator: "
             "python -m server status shows the sites",
         )
-    if exit_code == 0:
+    status, call = (ANSWER.findall(text) or [("", "")])[-1]
+    if exit_code == 0 or status.startswith("401"):
         # A node that nobody told to leave does so when its requests are answered with HTTP 401.
         return Ending(
             "refused",
@@ -91,8 +92,7 @@ def judge(exit_code: int | None, text: str) -> Ending:
             "python -m client check compares the clocks; ask the coordinator whether it knows "
             "this site",
         )
-    if answers := ANSWER.findall(text):
-        status, call = answers[-1]
+    if status:
         return Ending("other", f"the coordinator answered {one_line(status, 80)} to {call}")
     if exit_code is not None and exit_code < 0:
         return Ending("other", f"ended by {signal.Signals(-exit_code).name}")

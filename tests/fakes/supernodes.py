@@ -105,6 +105,12 @@ LOST_HEARTBEAT = (
     "For more information check: https://developer.mozilla.org/en-US/docs/Web/HTTP/Status/500\n"
     f"{GRACEFUL}{GOODBYE}",
 )
+LOST_ADMISSION = (
+    1,
+    LOST_HEARTBEAT[1].replace(
+        "Server error '500 Internal Server Error", "Client error '401 Unauthorized"
+    ),
+)
 
 SCRIPT = """\
 import json, os, signal, sys, time

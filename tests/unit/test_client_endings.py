@@ -21,6 +21,7 @@ from fakes import supernodes
             "end the other process of this site",
         ),
         (supernodes.TURNED_AWAY, "refused", False, "turned away (HTTP 401): revoked", "clocks"),
+        (supernodes.LOST_ADMISSION, "refused", False, "turned away (HTTP 401): revoked", "clocks"),
         (
             supernodes.OTHER_AUTHORITY,
             "hopeless",

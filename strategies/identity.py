@@ -159,6 +159,6 @@ def read_secret(path: Path) -> bytes:
     if mode & 0o077:
         raise ConfigError(
             f"secret file {path.name} has mode {mode:04o}: others may read it; expected 0600",
-            hint=f"chmod 600 {path.name}; if others may have read it, what it protects needs a new one",
+            hint=f"chmod 600 {path.name}; if others may have read it, make a new one",
         )
     return content

@@ -2,12 +2,14 @@
 
 Invariant: this is the only error boundary of a site. Flower forwards an exception's text to the
 server, so nothing is raised past it: a refusal leaves as a signed reply with its declared reason,
-any other failure as its class name alone; the full text stays in the site's log.
+any other failure as its class name alone, with the system's words for a full disk and the like;
+the full text stays in the site's log.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import replace
 
@@ -65,7 +67,15 @@ def _answer(message: Message, context: Context, kind: str) -> Message:
         return Message(reply.to_content(site.signing_key), reply_to=message)
     except Exception as error:
         log.exception("site=%s cannot answer", site.name)
-        raise FederationError(f"site={site.name} cannot answer: {type(error).__name__}") from None
+        raise FederationError(f"site={site.name} cannot answer: {_kind(error)}") from None
+
+
+def _kind(error: Exception) -> str:
+    """Name a failure without its text, which may hold a path."""
+    name = type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{name} ({os.strerror(error.errno)})"
+    return name
 
 
 def _reply(site: Site, message: Message, kind: str) -> Reply:
@@ -105,7 +115,7 @@ def _reply(site: Site, message: Message, kind: str) -> Reply:
         code, text = "out-of-memory", "the GPU has too little memory for this run"
     except Exception as error:
         log.exception("site=%s failed", site.name)
-        code, text = "failed", f"{type(error).__name__}, see the site's log"
+        code, text = "failed", f"{_kind(error)}, see the site's log"
     # What a stranger wrote must not forge a line of the site's log or fill its disk.
     reason = one_line(f"{code}: {text}", limit=REASON_LENGTH)
     log.warning("round=%d site=%s refused=%s", reply.server_round, site.name, reason)

@@ -104,6 +104,8 @@ class Federation:
         A test that failed in between may have left anything.
         """
         self.thaw(*self.processes)
+        for link in self.links.values():
+            link.heal()
         for name in list(self.processes):
             if name not in ("superlink", *self.sites):
                 self.crash(name)
@@ -279,6 +281,11 @@ class Federation:
         coordinator = self.coordinator()
         with Control(coordinator.superlink_address, coordinator.ca_file) as control:
             return {node.name: node for node in control.nodes()}
+
+    def is_online(self, site: str) -> bool:
+        """Whether flower-superlink counts a site's node as connected."""
+        node = self.nodes().get(site)
+        return node is not None and node.online
 
     def audit(self, path: Path) -> list[dict[str, Any]]:
         """The entries of an audit log."""

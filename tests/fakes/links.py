@@ -17,6 +17,7 @@ class Link:
     Attributes:
         bytes_per_second: Of all connections together; None: as fast as it goes.
         carried: Bytes so far, both ways.
+        refused: Connections that were tried while it was cut.
     """
 
     def __init__(self, port: int) -> None:
@@ -24,7 +25,7 @@ class Link:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.bytes_per_second: float | None = None
-        self.carried = 0
+        self.carried = self.refused = 0
         self._cut = False
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._lock = threading.Lock()
@@ -34,14 +35,18 @@ class Link:
     def cut(self) -> None:
         """Reset every connection and refuse new ones, as a broken line does."""
         self._cut = True
+        self.reset()
+
+    def reset(self) -> None:
+        """Reset every connection, as a bad line does now and then."""
         with self._lock:
             pairs = list(self._pairs)
         for pair in pairs:
             _close(pair)
 
     def heal(self) -> None:
-        """Let connections through again."""
-        self._cut = False
+        """Let connections through again, at full speed."""
+        self._cut, self.bytes_per_second = False, None
 
     def close(self) -> None:
         """End for good."""
@@ -56,6 +61,7 @@ class Link:
 
     def _carry(self, inner: socket.socket) -> None:
         if self._cut:
+            self.refused += 1
             inner.close()
             return
         try:

@@ -62,41 +62,6 @@ PENDING: dict[str, Row] = {
     row.id: row
     for row in (
         _row(
-            "F10",
-            "The disk is full",
-            "a small file system, or a limit on file sizes",
-            "one clear error; what was written before stays whole",
-            waits_for="no test",
-        ),
-        _row(
-            "F14",
-            "The network is cut for a minute",
-            "a proxy drops all connections, then lets them through",
-            "the site connects again and the run completes",
-            waits_for="no test",
-        ),
-        _row(
-            "F15",
-            "A slow link",
-            "a proxy lets few bytes through",
-            "transfers take longer and nothing is lost",
-            waits_for="no test",
-        ),
-        _row(
-            "F22",
-            "An expired, revoked or unknown certificate or key; a wrong clock",
-            "such certificates and keys; a shifted clock",
-            "refused with its reason; a warning before a certificate expires",
-            waits_for="no test",
-        ),
-        _row(
-            "F23",
-            "Two programs for one site",
-            "start the second",
-            "the second is refused",
-            waits_for="no test",
-        ),
-        _row(
             "F4",
             "The privacy budget would be exceeded in this round",
             "a low budget",

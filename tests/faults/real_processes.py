@@ -27,9 +27,10 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """A coordinator and the sites A, B and C, of which C has the most images."""
+    """A coordinator and the sites A, B and C; C has the most images, and a line of its own."""
     with federation_in(tmp_path_factory.mktemp("federation")) as federation:
         federation.edit("C", "patients-per-site = 8", "patients-per-site = 60")
+        federation.link("C")
         for site in federation.sites:
             federation.edit(site, "[limits]\n", "[limits]\nmax-local-epochs = 10000\n")
         yield federation

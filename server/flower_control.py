@@ -5,8 +5,7 @@ loopback alone and the gateway passes none of it on.
 
 Invariant: the other end is the holder of the federation's server key, or nothing is said to it.
 
-The private Flower names of this package are in this file and :mod:`server.flower_runtime` (checked
-against flwr 1.41).
+Private Flower names are those of flwr 1.41.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 A Flower run carries messages between this process and the sites for as long as flower-superlink
 lives; a run of this project may need several (resuming, or a superlink that was away).
 
-The private Flower names of this package are here, in :mod:`server.flower_control` and in
-:mod:`server.flower_runtime` (checked against flwr 1.41).
+Private Flower names are those of flwr 1.41.
 """
 
 from __future__ import annotations

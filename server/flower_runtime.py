@@ -6,78 +6,65 @@ that secret. A run that flower-superlink gave up is submitted anew; one that som
 not. Flower tells a ServerApp of both by the signal of a Ctrl-C; that is replaced here, so that a
 SIGINT in this process comes from a person.
 
-The private Flower names of this package are here, in :mod:`server.flower_control` and in
-:mod:`server.flower_runs` (checked against flwr 1.41).
+Private Flower names are those of flwr 1.41.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import time
 import tomllib
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from flwr.app import Context, Message
+from flwr.app import Context
 from flwr.cli.build import build_fab_from_files
-from flwr.common.constant import HEARTBEAT_CALL_TIMEOUT, SubStatus
+from flwr.common.constant import SubStatus
 from flwr.common.serde import context_from_proto, run_from_proto
-from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
-    SendTaskHeartbeatRequest,
 )
 from flwr.serverapp import Grid
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
-from flwr.supercore.retry import (
-    RetryInvoker,
-    RetryState,
-    exponential,
-    make_simple_http_retry_invoker,
-)
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid
 
 from server import flower_runs
 from server.flower_control import Control
-from server.flower_runs import LEASE_SECONDS, RunLostError
-from strategies.base import GRACE_SECONDS
+from server.flower_grid import RunEndedError, RunGrid, heartbeat, run_retries
+from server.flower_runs import RunLostError
 from strategies.errors import ConfigError, FederationError, StoppedError
 from strategies.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 
+COMPONENT = "flwr-serverapp"  # as Flower's own ServerApp process calls itself
 POLL_SECONDS = 0.2
-RETRY_SECONDS = 2
 CLAIM_SECONDS = 30.0
 CONTROL_SECONDS = 10.0
 GOODBYE_SECONDS = 5.0
+# A run lost so soon was not lost to a passing outage: those are sat out for longer.
+QUICK_LOSS_SECONDS = 60.0
+MAX_QUICK_LOSSES = 3
+PAUSE_SECONDS = 2.0  # before the next submission; twice as long after each quick loss
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_STATE = "was it started by `python -m server superlink` with the same --state-dir?"
 
 Main = Callable[[Grid, Context], None]
-
-
-class _RunEndedError(Exception):
-    """flower-superlink refuses the run's token: the run was stopped, or given up."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +110,8 @@ def host_run(*, address: str, ca_file: Path, secret_file: Path, run: RunConfig, 
     """Submit a run and execute ``main`` with its grid, in this process.
 
     When flower-superlink goes away for too long and gives the run up, this waits for it, submits
-    again and calls ``main`` again, which continues from its checkpoint.
+    again and calls ``main`` again, which continues from its checkpoint. It does so after growing
+    pauses, and not for ever when each run is lost soon.
 
     Args:
         address: Of flower-superlink, ``host:port``.
@@ -134,7 +122,8 @@ def host_run(*, address: str, ca_file: Path, secret_file: Path, run: RunConfig, 
 
     Raises:
         ConfigError: The secret or the certificate cannot be read.
-        FederationError: flower-superlink does not answer, or refuses the run or the secret.
+        FederationError: flower-superlink does not answer, refuses the run or the secret, or loses
+            one run after the other.
         StoppedError: Ctrl-C, SIGTERM or ``flwr stop`` ended the run.
     """
     superlink = _Superlink(address, _read(ca_file), _read(secret_file))
@@ -146,12 +135,21 @@ def host_run(*, address: str, ca_file: Path, secret_file: Path, run: RunConfig, 
     patience = run.strategy.wait_seconds
     with _superlink_errors(address), Control(address, ca_file) as control, _interruptible():
         control.client._client.timeout = httpx.Timeout(CONTROL_SECONDS)
+        quick = 0
         while True:
+            submitted = time.monotonic()
             run_id = flower_runs.start(control.client, fab, run)
             try:
                 _serve(superlink, control.client, run_id, run, main)
                 return
             except RunLostError as lost:
+                quick = quick + 1 if time.monotonic() - submitted < QUICK_LOSS_SECONDS else 0
+                if quick == MAX_QUICK_LOSSES:
+                    raise FederationError(
+                        f"flower-superlink lost the run {quick} times in a row, each time within "
+                        f"{QUICK_LOSS_SECONDS:g} s; the last time: {lost}",
+                        hint="the log of `python -m server superlink` says why",
+                    ) from lost
                 log.warning(
                     "flower_run_id=%d is lost: %s; waiting up to %g s for flower-superlink, then "
                     "continuing from the checkpoint",
@@ -159,6 +157,7 @@ def host_run(*, address: str, ca_file: Path, secret_file: Path, run: RunConfig, 
                     lost,
                     patience,
                 )
+            time.sleep(PAUSE_SECONDS * 2**quick)
             flower_runs.clear(control.client, run_id, patience=patience)
 
 
@@ -193,7 +192,7 @@ def _serve(
     try:
         token = _claim(superlink, control, run_id)
         _execute(superlink, token, run, main)
-    except _RunEndedError as ended:
+    except RunEndedError as ended:
         raise flower_runs.why_ended(control, run_id) from ended
     except httpx.TransportError as error:
         name = type(error).__name__
@@ -235,43 +234,12 @@ def _claim(superlink: _Superlink, control: ControlHttpClient, run_id: int) -> st
     )
 
 
-class _Grid(HttpGrid):
-    """Flower's grid; it waits for the whole of a reply no longer than for the reply.
-
-    Flower's own waits three minutes after each piece, at most two hours, for what a site has
-    announced and does not send.
-    """
-
-    _deadline = math.inf
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Push a round's instructions, whose time to live says when it ends."""
-        messages = list(messages)
-        ttl = max((message.metadata.ttl for message in messages), default=math.inf)
-        self._deadline = time.monotonic() + ttl - GRACE_SECONDS
-        return super().push_messages(messages)
-
-    def _connect(self) -> None:
-        super()._connect()
-        assert self._client is not None
-        pull = self._client.PullObject
-
-        def pull_object(request: PullObjectRequest) -> PullObjectResponse:
-            response = pull(request)
-            waiting = response.object_found and not response.object_available
-            if waiting and time.monotonic() >= self._deadline:
-                raise ObjectPullError(request.object_id, "the round is over")
-            return response
-
-        self._client.PullObject = pull_object
-
-
 def _execute(superlink: _Superlink, token: str, run: RunConfig, main: Main) -> None:
     """Call ``main`` as the task that ``token`` stands for."""
-    grid = _Grid(superlink.address, root_certificates=superlink.certificates, token=token)
-    grid._retry_invoker = retries = _retries()
+    grid = RunGrid(superlink.address, root_certificates=superlink.certificates, token=token)
+    grid._retry_invoker = retries = run_retries()
     try:
-        with _heartbeat(superlink, token):
+        with heartbeat(superlink.runtime(COMPONENT, RuntimeTokenHttpInterceptor(token=token))):
             client = grid._runtime_client
             task = client.PullTaskInput(PullTaskInputRequest())
             TaskIdentity.task_id = task.task_id
@@ -284,72 +252,11 @@ def _execute(superlink: _Superlink, token: str, run: RunConfig, main: Main) -> N
             retries.max_time = GOODBYE_SECONDS
             try:
                 client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED))
-            except (httpx.HTTPError, _RunEndedError):  # all is written: nothing depends on it
+            except (httpx.HTTPError, RunEndedError):  # all is written: nothing depends on it
                 log.warning("flower-superlink did not take note of the end of the run")
     finally:
         retries.max_time = 0.0  # threads that still fetch something give up too
         grid.close()
-
-
-def _retries() -> RetryInvoker:
-    """Return how calls are repeated: as Flower's are, but for what its own do badly here.
-
-    Those never end, wait up to 20 s for a superlink that is back after two, and answer a refused
-    token with a SIGINT.
-    """
-    flower = make_simple_http_retry_invoker()
-
-    def should_give_up(error: Exception) -> bool:
-        if isinstance(error, httpx.HTTPStatusError) and _is_refusal(error):
-            raise _RunEndedError from error
-        return flower.should_giveup is not None and flower.should_giveup(error)
-
-    def on_backoff(state: RetryState) -> None:
-        if state.tries == 1:
-            log.warning("flower-superlink does not answer (%s)", type(state.exception).__name__)
-
-    def on_success(state: RetryState) -> None:
-        if state.tries > 1:
-            log.info("flower-superlink answers again after %.0f s", state.elapsed_time)
-
-    return RetryInvoker(
-        lambda: exponential(max_delay=RETRY_SECONDS),
-        flower.recoverable_exceptions,
-        max_tries=None,
-        max_time=LEASE_SECONDS,
-        on_success=on_success,
-        on_backoff=on_backoff,
-        should_giveup=should_give_up,
-    )
-
-
-def _is_refusal(error: httpx.HTTPStatusError) -> bool:
-    return error.response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
-
-
-@contextmanager
-def _heartbeat(superlink: _Superlink, token: str) -> Generator[None]:
-    """Give signs of life meanwhile, on a connection of its own that gives up soon."""
-    client = superlink.runtime("flwr-serverapp", RuntimeTokenHttpInterceptor(token=token))
-    client._client.timeout = httpx.Timeout(HEARTBEAT_CALL_TIMEOUT)
-
-    def beat() -> bool:
-        try:
-            client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
-        except httpx.TransportError:
-            return False
-        except httpx.HTTPStatusError as error:
-            return _is_refusal(error)  # the main thread meets the same answer at its next call
-        return True
-
-    sender = HeartbeatSender(beat)
-    sender._retry_invoker.wait_gen_factory = lambda: exponential(max_delay=RETRY_SECONDS)
-    sender.start()
-    try:
-        yield
-    finally:
-        sender.stop()
-        client.close()
 
 
 def _read(path: Path) -> bytes:
@@ -365,7 +272,6 @@ def _read(path: Path) -> bytes:
 @contextmanager
 def _superlink_errors(address: str) -> Generator[None]:
     """Turn a connection that fails into one line."""
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     try:
         yield
     except httpx.HTTPStatusError as error:

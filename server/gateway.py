@@ -108,8 +108,12 @@ daemon off;
 error_log stderr error;
 pid {_quoted(state / "nginx.pid")};
 
+worker_processes auto;
+# A request takes two connections, one to each side, and each a file. Whoever opens connections
+# and sends nothing must open many to shut the sites out; see client_header_timeout too.
+worker_rlimit_nofile 8192;
 events {{
-  worker_connections 1024;
+  worker_connections 4096;
 }}
 
 http {{
@@ -143,8 +147,10 @@ http {{
     # Flower cuts every array into pieces of 5 MiB, whatever the size of a model. It reads a whole
     # request before it asks who sent it.
     client_max_body_size 8m;
+    # limit_conn counts a connection only once it has sent its headers: until then this is all that
+    # ends one that sends nothing. An honest site's handshake and headers are a few kilobytes.
+    client_header_timeout 10s;
     # Flower itself gives up after 30 s; nginx lasts longer, so that Flower decides.
-    client_header_timeout 60s;
     client_body_timeout 60s;
     send_timeout 60s;
     proxy_connect_timeout 10s;

@@ -8,6 +8,7 @@ Invariant: the number of an order is on disk before the order exists.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
 from collections.abc import Generator, Sequence
@@ -24,7 +25,7 @@ from strategies.orders import CLOCK_TOLERANCE_SECONDS, Order, RunManifest
 from strategies.run_config import RunConfig
 
 LOCK, LAST_ORDER, CURRENT_RUN = "run.lock", "last-order.json", "current-run.json"
-# `server status` holds the lock for a moment to learn whether somebody else does.
+# `server status` shares the lock for a moment to learn whether somebody holds it.
 PATIENCE_SECONDS = 1.0
 
 
@@ -68,11 +69,12 @@ def hosting(federation: Federation) -> Generator[None]:
 
 def is_hosting(federation: Federation) -> bool:
     """Say whether some process hosts a run of this federation."""
-    try:
-        with held(federation.state_dir / LOCK, ConfigError("")):
-            return False
-    except ConfigError:
-        return True
+    with (federation.state_dir / LOCK).open("w") as file:
+        try:  # shared: of two that ask at once, neither takes the other for a host
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def issue_order(

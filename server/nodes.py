@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 # Not the register's lock: that is never held while another program answers.
 LOCK = ".nodes.lock"
 POLL_SECONDS = 0.5
+MAX_PAUSE_SECONDS = 30.0  # between attempts that fail
 
 
 def synchronise(federation: Federation) -> list[str]:
@@ -74,23 +75,38 @@ def synchronise(federation: Federation) -> list[str]:
 def synchronise_when_up(federation: Federation, stop: threading.Event) -> None:
     """Wait for flower-superlink to answer, then :func:`synchronise`; log what was done.
 
+    Whatever fails is tried again, since until it succeeds a revoked site may still connect. Each
+    reason is logged when it is not that of the attempt before.
+
     Args:
         federation: Whose superlink is starting.
-        stop: Ends the wait.
+        stop: Ends the attempts.
     """
     from server.flower_control import SuperlinkDownError
 
+    told, pause = "", POLL_SECONDS
     while not stop.is_set():
         try:
             changes = synchronise(federation)
             admitted = federation.admitted()
-        except SuperlinkDownError:
+        except SuperlinkDownError:  # it is starting; its supervisor says so if it ends
             stop.wait(POLL_SECONDS)
             continue
-        except FederationError as error:
-            log.error("nodes not synchronised: %s; %s", error, error.hint)
-            return
+        except Exception as error:  # nobody else would make up for a thread that ends here
+            reason = _reason(error)
+            if reason != told:
+                log.error("nodes not synchronised, trying again: %s", reason)
+            told = reason
+            stop.wait(pause)
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)
+            continue
         for change in changes:
             log.info("%s", change)
         log.info("admitted=%s", ",".join(admitted) or "none")
         return
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FederationError):
+        return f"{error}; {error.hint}"
+    return f"{type(error).__name__}: {one_line(str(error), 200)}"

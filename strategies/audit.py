@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ from strategies.files import append_line
 from strategies.identity import canonical
 
 FIRST = "0" * 64
+BLOCK_BYTES = 4096
 
 
 class AuditLog:
@@ -77,6 +79,13 @@ class AuditLog:
             raise self._missing()
         return count, previous
 
+    def mentions(self, event: str, **fields: str) -> bool:
+        """Say whether an entry of this event has these fields."""
+        return any(
+            entry["event"] == event and fields.items() <= entry["fields"].items()
+            for entry in map(json.loads, self._lines())
+        )
+
     def _write(
         self, index: int, previous: str, event: str, fields: Mapping[str, str | int | float | bool]
     ) -> str:
@@ -99,14 +108,27 @@ class AuditLog:
 
     def _head(self) -> tuple[int, str]:
         """Return the next index and the hash it must point to, from the last line alone."""
-        last = None
-        number = 0
-        for number, last in enumerate(self._lines(), start=1):  # noqa: B007
-            pass
-        if last is None:
+        last = self._last_line()
+        if not last:
             raise self._missing()
-        entry = _parse(last, number, self.path.name)
+        try:
+            entry = _parse(last, 0, self.path.name)
+        except FederationError:  # once more for its number, which only the whole log tells
+            entry = _parse(last, sum(1 for _ in self._lines()), self.path.name)
         return int(str(entry["index"])) + 1, str(entry["hash"])
+
+    def _last_line(self) -> bytes:
+        """Return what follows the last newline but a final one; nothing without a log."""
+        if not self.path.exists():
+            return b""
+        tail = b""
+        with self.path.open("rb") as file:
+            start = file.seek(0, os.SEEK_END)
+            while start and b"\n" not in tail[:-1]:
+                end, start = start, max(0, start - BLOCK_BYTES)
+                file.seek(start)
+                tail = file.read(end - start) + tail
+        return tail[tail[:-1].rfind(b"\n") + 1 :]
 
     def _lines(self) -> Iterator[bytes]:
         if self.path.exists():

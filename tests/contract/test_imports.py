@@ -41,6 +41,7 @@ MAY_USE_PRIVATE_FLOWER = {
     "client/flower_runtime.py",
     "client/supernode.py",
     "server/flower_control.py",
+    "server/flower_grid.py",
     "server/flower_runs.py",
     "server/flower_runtime.py",
     "simulation/grid.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import time
 from datetime import UTC, datetime, timedelta
@@ -17,6 +18,7 @@ from server.certificates import create_authority, issue_server_certificate
 from server.command import Request, read_run_config, run
 from server.hosting import (
     LAST_ORDER,
+    LOCK,
     current_run,
     hosting,
     is_hosting,
@@ -101,8 +103,13 @@ def test_what_was_promised_to_the_sites(refused, tmp_path):
         refused(coordinator=promised)
     assert "admit" in caught.value.hint
     promised.admit(request("C"))
-    with pytest.raises(ConfigError, match=r"max-num-examples=1000000: .* at most 10") as caught:
+    with pytest.raises(
+        ConfigError, match=r"strategy.min-sites=2: .* promised min-cohort=3"
+    ) as caught:
         refused(coordinator=promised)
+    assert caught.value.hint == "--set strategy.min-sites=3"
+    with pytest.raises(ConfigError, match=r"max-num-examples=1000000: .* at most 10") as caught:
+        refused("strategy.min-sites=3", coordinator=promised)
     assert caught.value.hint == "--set strategy.max-num-examples=10"
 
 
@@ -144,6 +151,12 @@ def test_a_second_run_of_the_federation(refused, lungs, monkeypatch):
         with pytest.raises(ConfigError, match="federation=lungs hosts a run already"):
             refused()
     assert not is_hosting(lungs)
+
+
+def test_two_that_ask_at_once_do_not_take_each_other_for_a_host(lungs):
+    with (lungs.state_dir / LOCK).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert not is_hosting(lungs)
 
 
 def test_a_run_directory_of_another_federation(start, runs, tmp_path):

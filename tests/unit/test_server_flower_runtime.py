@@ -6,15 +6,17 @@ import logging
 import os
 import signal
 import threading
+import time
 
 import httpx
+import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.common.constant import Status, SubStatus
 from flwr.proto import message_pb2, runtime_pb2
 
 from fakes.superlinks import Superlink
-from server import flower_runs, flower_runtime
+from server import flower_grid, flower_runs, flower_runtime
 from server.flower_runtime import host_run
 from strategies.errors import ConfigError, FederationError, QuorumError, StoppedError
 from strategies.run_config import RunConfig
@@ -29,7 +31,8 @@ def superlink(monkeypatch) -> Superlink:
     monkeypatch.setattr(flower_runtime, "build_fab", lambda: b"fab")
     for module, name in (
         (flower_runtime, "POLL_SECONDS"),
-        (flower_runtime, "RETRY_SECONDS"),
+        (flower_runtime, "PAUSE_SECONDS"),
+        (flower_grid, "RETRY_SECONDS"),
         (flower_runs, "POLL_SECONDS"),
     ):
         monkeypatch.setattr(module, name, 0.001)
@@ -97,7 +100,7 @@ def test_a_reply_that_never_comes_whole_is_waited_for_as_long_as_a_reply(superli
     received = []
 
     def main(grid) -> None:
-        ttl = 0.5 + flower_runtime.GRACE_SECONDS
+        ttl = 0.5 + flower_grid.GRACE_SECONDS
         grid.push_messages([Message(RecordDict(), 7, "train", ttl=ttl)])
         received.extend(grid.pull_messages(["1" * 64]))
 
@@ -107,6 +110,50 @@ def test_a_reply_that_never_comes_whole_is_waited_for_as_long_as_a_reply(superli
     assert message.metadata.reply_to_message_id == "1" * 64
     assert "the round is over" in message.error.reason
     assert len(asked) > 1, "until then it may come"
+
+
+def test_a_reply_far_larger_than_its_instruction_is_not_fetched_whole(
+    superlink, hosted, monkeypatch
+):
+    """A site may announce as much as it likes; this process must not hold it all."""
+    monkeypatch.setattr(flower_grid, "REPLY_SPARE_BYTES", 100)
+    array, most = Array(np.zeros(250, np.float32)), 40
+    fetched = []
+
+    def announced(content, run):
+        metadata = message_pb2.Metadata(
+            run_id=run.run_id, message_id="f" * 64, reply_to_message_id="1" * 64
+        )
+        pieces = [message_pb2.ObjectTree(object_id=f"{i:064d}") for i in range(most)]
+        return runtime_pb2.PullAppMessagesResponse(
+            messages_list=[message_pb2.Message(metadata=metadata)],
+            message_object_trees=[message_pb2.ObjectTree(object_id="f" * 64, children=pieces)],
+        )
+
+    def piece(content, run):
+        fetched.append(content)
+        return message_pb2.PullObjectResponse(
+            object_found=True, object_available=True, object_content=b"x" * len(array.data)
+        )
+
+    superlink.push_messages = lambda content, run: runtime_pb2.PushAppMessagesResponse(
+        message_ids=["1" * 64]
+    )
+    superlink.pull_messages, superlink.pull_object = announced, piece
+    reasons, counts = [], []
+
+    def main(grid, context) -> None:
+        instruction = RecordDict({"weights": ArrayRecord({"a": array})})
+        grid.push_messages([Message(instruction, 7, "train", ttl=3600)])
+        for _ in range(2):  # what one reply was too large by is not held against the next
+            fetched.clear()
+            (message,) = grid.pull_messages(["1" * 64])
+            reasons.append(message.error.reason)
+            counts.append(len(fetched))
+
+    hosted(main)
+    assert all("the reply is too large" in reason for reason in reasons)
+    assert all(2 < count < most for count in counts), counts
 
 
 def test_a_superlink_that_was_never_there(superlink, hosted):
@@ -149,8 +196,30 @@ def test_a_run_that_was_given_up_is_submitted_again(superlink, hosted, caplog, r
     assert "flower_run_id=1 is lost" in caplog.text
 
 
+def test_a_run_that_is_lost_again_and_again_is_not_submitted_for_ever(
+    superlink, hosted, monkeypatch
+):
+    begun, pauses = [], []
+    monkeypatch.setattr(flower_runtime, "PAUSE_SECONDS", 1000.0)
+    sleep = time.sleep
+    monkeypatch.setattr(
+        time, "sleep", lambda s: pauses.append(s) if s >= 1000 else sleep(min(s, 0.001))
+    )
+
+    def main(grid, context):
+        begun.append(context.run_id)
+        superlink.last.finish(SubStatus.FAILED, "disk full")
+        ask(grid)
+
+    with pytest.raises(FederationError, match=r"lost the run 3 times .*disk full") as caught:
+        hosted(main)
+    assert begun == [1, 2, 3]
+    assert pauses == [2000, 4000]
+    assert "superlink` says why" in caught.value.hint  # how to resume, server/command.py adds
+
+
 def test_a_superlink_that_stays_away_for_long_is_waited_for(superlink, hosted, caplog, monkeypatch):
-    monkeypatch.setattr(flower_runtime, "LEASE_SECONDS", 0.01)
+    monkeypatch.setattr(flower_grid, "LEASE_SECONDS", 0.01)
     begun = []
 
     def main(grid, context):
@@ -169,7 +238,7 @@ def test_a_superlink_that_stays_away_for_long_is_waited_for(superlink, hosted, c
 
 
 def test_the_wait_for_it_ends(superlink, hosted, monkeypatch):
-    monkeypatch.setattr(flower_runtime, "LEASE_SECONDS", 0.01)
+    monkeypatch.setattr(flower_grid, "LEASE_SECONDS", 0.01)
     monkeypatch.setattr(flower_runs.time, "monotonic", ticking(flower_runs.time.monotonic))
 
     def main(grid, context):
@@ -237,7 +306,7 @@ def test_a_person_ends_the_wait_for_a_superlink(superlink, hosted, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     superlink.on_call = interrupt
-    monkeypatch.setattr(flower_runtime, "LEASE_SECONDS", 0.01)
+    monkeypatch.setattr(flower_grid, "LEASE_SECONDS", 0.01)
 
     def main(grid, context):
         superlink.down = -1

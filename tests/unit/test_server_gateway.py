@@ -137,6 +137,15 @@ def test_the_file_is_complete_and_says_how_to_run_it(tmp_path):
     assert not [name for name in (folder / "state").iterdir() if name.name.startswith(".nginx")]
 
 
+def test_connections_that_send_nothing_do_not_soon_shut_the_sites_out(tmp_path):
+    configuration = nginx_configuration(federation(tmp_path))
+    assert directives(configuration, "worker_processes") == ["auto"]
+    [connections] = directives(configuration, "worker_connections")
+    [files] = directives(configuration, "worker_rlimit_nofile")
+    assert 4096 <= int(connections) < int(files)
+    assert directives(configuration, "client_header_timeout") == ["10s"]
+
+
 @pytest.mark.parametrize("name", ["cost$", "two\nlines"])
 def test_a_folder_that_nginx_would_read_otherwise_is_refused(tmp_path, name):
     with pytest.raises(ConfigError, match="cannot be written into an nginx configuration") as error:

@@ -191,13 +191,58 @@ def test_waiting_ends_when_the_superlink_is_stopped(federation, superlink):
     assert not thread.is_alive()
 
 
-def test_what_cannot_be_done_is_in_the_log(federation, superlink, caplog):
+class Pauses(threading.Event):
+    """Pauses that take no time, of which the last tells the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.left, self.seconds = number, []
+
+    def wait(self, timeout=None):
+        self.seconds.append(timeout)
+        if len(self.seconds) == self.left:
+            self.set()
+        return self.is_set()
+
+
+def test_whatever_fails_is_tried_again_and_each_reason_told_once(
+    federation, superlink, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    refusal = FederationError("answered HTTP 500", hint="see its log")
+    failures = [refusal, refusal, TimeoutError("too slow"), OSError("disk full"), LookupError("?")]
+    nodes = superlink.nodes
+
+    def fail_first():
+        if failures:
+            raise failures.pop(0)
+        return nodes()
+
+    monkeypatch.setattr(superlink, "nodes", fail_first)
+    federation.admit(request("A"))
+    pauses = Pauses(10)
+    synchronise_when_up(federation, pauses)
+    assert superlink.connectable() == ["A"]
+    assert pauses.seconds == [0.5, 1, 2, 4, 8]
+    said = [message.partition("trying again: ")[2] for message in caplog.messages]
+    assert said[:4] == [
+        "answered HTTP 500; see its log",
+        "TimeoutError: too slow",
+        "OSError: disk full",
+        "LookupError: ?",
+    ]
+    assert caplog.messages[4:] == ["registered node A", "admitted=A"]
+
+
+def test_what_cannot_be_done_is_in_the_log_and_ends_with_the_process(federation, superlink, caplog):
     federation.admit(request("A"))
     superlink.register("A", federation.sites()["A"].node_key)
     superlink.unregister(1)
-    synchronise_when_up(federation, threading.Event())
+    pauses = Pauses(9)
+    synchronise_when_up(federation, pauses)
+    assert max(pauses.seconds) == pauses.seconds[-1] == server.nodes.MAX_PAUSE_SECONDS
     [message] = caplog.messages
-    assert message.startswith("nodes not synchronised: site=A: ")
+    assert message.startswith("nodes not synchronised, trying again: site=A: ")
     assert "`python -m server revoke`" in message
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import strategies.audit
 from strategies.audit import FIRST, AuditLog
 from strategies.errors import FederationError
 
@@ -204,3 +205,23 @@ def test_two_processes_keep_one_chain(log):
     entries = [json.loads(line)["fields"] for line in log.path.read_text().splitlines()][1:]
     for w in range(2):
         assert [e["number"] for e in entries if e["writer"] == w] == list(range(40))
+
+
+@settings(max_examples=200)
+@given(lines=st.lists(st.binary(max_size=9)), block=st.integers(1, 8))
+def test_the_last_line_read_from_the_end_is_that_of_the_whole_log(tmp_path_factory, lines, block):
+    log = AuditLog(tmp_path_factory.getbasetemp() / "last-line.jsonl")
+    log.path.write_bytes(b"\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strategies.audit, "BLOCK_BYTES", block)
+        assert log._last_line() == [b"", *log._lines()][-1]
+
+
+def test_appending_reads_the_end_of_a_long_log_alone(log, monkeypatch):
+    log.create()
+    log.append("received", note="x" * 3 * strategies.audit.BLOCK_BYTES)
+    monkeypatch.setattr(AuditLog, "_lines", lambda self: pytest.fail("read whole"))
+    log.append("answered")
+    log.append("answered")
+    monkeypatch.undo()
+    assert log.verify()[0] == 4

@@ -1,0 +1,161 @@
+"""What a hosted run sends and receives: Flower's grid, bounded in time, size and patience.
+
+Invariant: one call for replies waits no longer than the round, holds no more than a reply can be,
+and ends when flower-superlink refuses the run's token.
+
+Private Flower names are those of flwr 1.41.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+
+import httpx
+from flwr.app import Message
+from flwr.common.constant import HEARTBEAT_CALL_TIMEOUT
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
+from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+from flwr.supercore.retry import (
+    RetryInvoker,
+    RetryState,
+    exponential,
+    make_simple_http_retry_invoker,
+)
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.grid import HttpGrid
+
+from server.flower_runs import LEASE_SECONDS
+from strategies.base import GRACE_SECONDS
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 2
+# A reply holds weights as its instruction did, and metrics; what is far larger is none.
+REPLY_FACTOR = 2
+REPLY_SPARE_BYTES = 16 * 2**20
+
+
+class RunEndedError(Exception):
+    """flower-superlink refuses the run's token: the run was stopped, or given up."""
+
+
+class RunGrid(HttpGrid):
+    """Flower's grid; it takes of a reply no more, and waits for the whole no longer, than it may.
+
+    Flower's own fetches all that a site has announced, whatever its size, into this process's
+    memory, and waits three minutes after each piece, at most two hours, for what does not come.
+    """
+
+    _deadline = math.inf
+    _instruction_bytes = 0
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Push a round's instructions, whose time to live says when it ends."""
+        messages = list(messages)
+        ttl = max((message.metadata.ttl for message in messages), default=math.inf)
+        self._deadline = time.monotonic() + ttl - GRACE_SECONDS
+        self._instruction_bytes = max([self._instruction_bytes, *map(_array_bytes, messages)])
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pull replies; all of one call together have the size of one, so ask for one at a time."""
+        client = self._runtime_client
+        pull = client.PullObject
+        left = REPLY_FACTOR * self._instruction_bytes + REPLY_SPARE_BYTES
+        counting = threading.Lock()
+
+        def pull_object(request: PullObjectRequest) -> PullObjectResponse:
+            nonlocal left
+            response = pull(request)
+            with counting:
+                left -= len(response.object_content)
+                if left < 0:
+                    raise ObjectPullError(request.object_id, "the reply is too large")
+            waiting = response.object_found and not response.object_available
+            if waiting and time.monotonic() >= self._deadline:
+                raise ObjectPullError(request.object_id, "the round is over")
+            return response
+
+        # Per call: threads of a call that was given up count what they still fetch on its own.
+        client.PullObject = pull_object
+        try:
+            return super().pull_messages(message_ids)
+        finally:
+            client.PullObject = pull
+
+
+def _array_bytes(message: Message) -> int:
+    records = message.content.array_records.values()
+    return sum(len(array.data) for record in records for array in record.values())
+
+
+def run_retries() -> RetryInvoker:
+    """Return how calls are repeated: as Flower's are, but for what its own do badly here.
+
+    Those never end, wait up to 20 s for a superlink that is back after two, and answer a refused
+    token with a SIGINT.
+    """
+    flower = make_simple_http_retry_invoker()
+
+    def should_give_up(error: Exception) -> bool:
+        if isinstance(error, httpx.HTTPStatusError) and is_refusal(error):
+            raise RunEndedError from error
+        return flower.should_giveup is not None and flower.should_giveup(error)
+
+    def on_backoff(state: RetryState) -> None:
+        if state.tries == 1:
+            log.warning("flower-superlink does not answer (%s)", type(state.exception).__name__)
+
+    def on_success(state: RetryState) -> None:
+        if state.tries > 1:
+            log.info("flower-superlink answers again after %.0f s", state.elapsed_time)
+
+    return RetryInvoker(
+        lambda: exponential(max_delay=RETRY_SECONDS),
+        flower.recoverable_exceptions,
+        max_tries=None,
+        max_time=LEASE_SECONDS,
+        on_success=on_success,
+        on_backoff=on_backoff,
+        should_giveup=should_give_up,
+    )
+
+
+def is_refusal(error: httpx.HTTPStatusError) -> bool:
+    """Say whether flower-superlink refused the token of a call."""
+    return error.response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
+
+
+@contextmanager
+def heartbeat(client: RuntimeHttpClient) -> Generator[None]:
+    """Give signs of life meanwhile, on a connection of its own that gives up soon.
+
+    Args:
+        client: That connection, with the run's token; closed at the end.
+    """
+    client._client.timeout = httpx.Timeout(HEARTBEAT_CALL_TIMEOUT)
+
+    def beat() -> bool:
+        try:
+            client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+        except httpx.TransportError:
+            return False
+        except httpx.HTTPStatusError as error:
+            return is_refusal(error)  # the main thread meets the same answer at its next call
+        return True
+
+    sender = HeartbeatSender(beat)
+    sender._retry_invoker.wait_gen_factory = lambda: exponential(max_delay=RETRY_SECONDS)
+    sender.start()
+    try:
+        yield
+    finally:
+        sender.stop()
+        client.close()

@@ -125,8 +125,8 @@ def _reply(site: Site, message: Message, kind: str) -> Reply:
 def _allowed(site: Site, instruction: Instruction, reply: Reply) -> Reply:
     """Return the kept answer to an instruction that the site's limits allow, or work it out."""
     run = instruction.order.run
-    site.follow(instruction.order)
     check_run(site.config, run)
+    site.follow(instruction.order)
     site.check_classes(run.model.num_classes)
     check_steps(site.config, run, int(site.class_counts().sum()))
     check_scan_backend(site, run)

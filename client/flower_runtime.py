@@ -96,7 +96,7 @@ def _supervise(site: Site) -> None:
     secret_file = site.config.state_dir / "executor.secret"
     supervisor = Supervisor(site.config, site.membership)
     with _coordinator(site) as coordinator:
-        watch = _RunWatch(site, coordinator, supervisor)
+        watch = _RunWatch(site, coordinator)
         log.info("site=%s connecting superlink=%s", site.name, site.membership.address)
         while True:
             secret = secrets.token_bytes(32)
@@ -240,8 +240,8 @@ class _RunWatch:
     nothing of why a run ended.
     """
 
-    def __init__(self, site: Site, coordinator: FleetHttpClient, supervisor: Supervisor) -> None:
-        self._site, self._coordinator, self._supervisor = site, coordinator, supervisor
+    def __init__(self, site: Site, coordinator: FleetHttpClient) -> None:
+        self._site, self._coordinator = site, coordinator
 
     @contextmanager
     def during(self, run_id: int, node_id: int) -> Generator[None]:
@@ -274,14 +274,10 @@ class _RunWatch:
         """Return why nobody waits for the run's results any more; empty while somebody may."""
         try:
             self._coordinator.GetRun(request)
-        except (httpx.HTTPError, ValueError) as error:  # ValueError: not what Flower answers
-            code = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 0
-            if code in OVER:
-                return OVER[code]
-            self._supervisor.offline()
-            self._supervisor.tell()
+        except httpx.HTTPStatusError as error:
+            return OVER.get(error.response.status_code, "")
+        except (httpx.HTTPError, ValueError):  # ValueError: not what Flower answers
             return ""
-        self._supervisor.online()
         return ""
 
 

@@ -27,6 +27,12 @@ def check_order(site: SiteConfig, policy: FederationPolicy, order: Order) -> Non
     smallest = max(limits.min_cohort, policy.min_cohort)
     if len(set(manifest.cohort)) < smallest:
         _refuse("cohort-too-small", f"cohort={len(set(manifest.cohort))}; limit {smallest}")
+    # Names alone are the coordinator's claim: a sum of fewer is refused as well.
+    if order.run.strategy.min_sites < smallest:
+        _refuse(
+            "cohort-too-small",
+            f"strategy.min-sites={order.run.strategy.min_sites}; limit {smallest}",
+        )
     if limits.allowed_code and manifest.code_sha256 not in limits.allowed_code:
         _refuse("code-not-allowed", f"code-sha256={manifest.code_sha256} is not allowed here")
     claim = order.run.strategy.max_num_examples

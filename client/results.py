@@ -64,6 +64,10 @@ class Results:
         question = _question(instruction)
         metadata = {"reply": json.dumps(fields), "sha256": _digest(question, kept)}
         newest = self._path(question)
+        for left in self.folder.glob(
+            f".*{SUFFIX}.*"
+        ):  # by a process that was killed while it wrote
+            left.unlink()
         write_atomic(newest, save(kept.update, metadata=metadata), mode=0o600)
         # Whatever the clock says: after it was set back, older answers look newer.
         others = [path for path in self.folder.glob(f"*{SUFFIX}") if path != newest]

@@ -108,6 +108,7 @@ class Site:
             RefusalError: A limit forbids it, or the site follows a newer one.
         """
         check_order(self.config, self.membership.policy, order)
+        self._require_memory(ORDERS, "order-followed")
         manifest = order.manifest
 
         def record() -> None:
@@ -120,6 +121,16 @@ class Site:
             )
 
         follow(self.config.state_dir / ORDERS, order, record)
+
+    def _require_memory(self, name: str, event: str, **fields: str) -> None:
+        """Refuse to go on without a file that the audit log says was there.
+
+        Raises:
+            RefusalError: It is gone: what it kept the site from would be allowed again.
+        """
+        if not (self.config.state_dir / name).exists() and self.audit.mentions(event, **fields):
+            log.error("site=%s %s is missing: restore it from a backup", self.name, name)
+            raise RefusalError("state-missing", "the site has lost what it remembers of its runs")
 
     def begin_round(self, run_uuid: str, server_round: int) -> None:
         """Note that this site trains a round now.
@@ -200,6 +211,7 @@ class Site:
         Raises:
             RefusalError: The run has already read the test split with other weights.
         """
+        self._require_memory(TEST_READS, "answered", task="test", status="ok")
         path = self.config.state_dir / TEST_READS
         reads = json.loads(path.read_text()) if path.exists() else {}
         if reads.setdefault(run_uuid, weights_hash) != weights_hash:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import RLock
 
 from client.endings import judge
 from client.membership import Membership
@@ -66,7 +65,9 @@ class Supernode:
 
     def tail(self) -> str:
         """Return the end of all it wrote, without colours."""
-        text = self._path.read_bytes()[-TAIL_BYTES:].decode(errors="replace")
+        with self._path.open("rb") as file:
+            file.seek(max(0, self._path.stat().st_size - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
         return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
     def stop(self) -> None:
@@ -132,15 +133,11 @@ def supernode(
 
 
 class Supervisor:
-    """Decides what follows when a supernode ends, and tells a person at the site what to know.
-
-    Two threads may report to it: the one that serves, and the one that watches a run.
-    """
+    """Decides what follows when a supernode ends, and tells a person at the site what to know."""
 
     def __init__(self, config: SiteConfig, membership: Membership) -> None:
         self._site, self._limit = config.site, config.reconnect_seconds
         self._address, self._ca_path = membership.address, membership.ca_path
-        self._lock = RLock()
         # Since when the coordinator answers, does not, and turns this site away.
         self._online_since: float | None = None
         self._offline_since = time.monotonic()
@@ -164,31 +161,28 @@ class Supervisor:
 
     def online(self) -> None:
         """Note that the coordinator has answered."""
-        with self._lock:
-            if self._online_since is not None:
-                return
-            self._online_since = time.monotonic()
-            seconds = self._online_since - self._offline_since
-            if not self._was_online:
-                log.info("site=%s connected", self._site)
-            elif self._told:
-                log.info("site=%s connected again after_seconds=%.0f", self._site, seconds)
-            self._was_online, self._told = True, False
-            self._refused_since, self._last_reason = None, ""
+        if self._online_since is not None:
+            return
+        self._online_since = time.monotonic()
+        seconds = self._online_since - self._offline_since
+        if not self._was_online:
+            log.info("site=%s connected", self._site)
+        elif self._told:
+            log.info("site=%s connected again after_seconds=%.0f", self._site, seconds)
+        self._was_online, self._told = True, False
+        self._refused_since, self._last_reason = None, ""
 
     def offline(self) -> None:
         """Note that it has not."""
-        with self._lock:
-            if self._online_since is not None:
-                self._online_since, self._offline_since = None, time.monotonic()
+        if self._online_since is not None:
+            self._online_since, self._offline_since = None, time.monotonic()
 
     def tell(self) -> None:
         """Say, once each time, that the coordinator has been out of reach for a while, and why."""
-        with self._lock:
-            seconds = time.monotonic() - self._offline_since
-            if self._online_since is not None or self._told or seconds < PATIENCE_SECONDS:
-                return
-            self._told = True
+        seconds = time.monotonic() - self._offline_since
+        if self._online_since is not None or self._told or seconds < PATIENCE_SECONDS:
+            return
+        self._told = True
         answer = ask(self._address, self._ca_path)
         reason = ": ".join(filter(None, [answer.problem, answer.refused]))
         log.warning(

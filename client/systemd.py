@@ -22,6 +22,7 @@ UNIT = """\
 Description=Federated learning node of site {site}
 Wants=network-online.target
 After=network-online.target
+RequiresMountsFor={mounts}
 StartLimitIntervalSec=0
 
 [Service]
@@ -90,9 +91,16 @@ def unit(config: SiteConfig, path: Path) -> str:
         ),
         command=" ".join(_quoted(word).replace("$", "$$") for word in words),
         state=_quoted(str(state)),
+        mounts=" ".join(_quoted(str(folder)) for folder in _folders(config)),
         # Only a GPU's driver knows the devices that it needs.
         devices="PrivateDevices=yes\n" if config.device == "cpu" else "",
     )
+
+
+def _folders(config: SiteConfig) -> list[Path]:
+    """Return what must be mounted before the site starts."""
+    data = (config.data.data_dir, config.data.file)
+    return [path.resolve() for path in (config.state_dir, *data) if path is not None]
 
 
 def _owner(config: SiteConfig) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -91,7 +92,7 @@ class Admissions:
                 f"{self.folder} is missing: nobody can say who is admitted",
                 hint="restore it from a backup",
             )
-        return {path.stem: _site(path) for path in sorted(self.folder.glob("*.json"))}
+        return {path.stem: _site(path, _state(path)) for path in sorted(self.folder.glob("*.json"))}
 
     def admit(self, request: EnrolmentRequest) -> bool:
         """Pin a site's keys under its name.
@@ -192,7 +193,15 @@ def _node_key(request: EnrolmentRequest) -> bytes:
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
-def _site(path: Path) -> AdmittedSite:
+def _state(path: Path) -> tuple[int, ...]:
+    """Return what changes with a file: a register of many sites is read at every reply."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
+@lru_cache(maxsize=1024)
+def _site(path: Path, state: tuple[int, ...]) -> AdmittedSite:
+    """Read a site's file, once for each state of it."""
     file = _read(path)
     return AdmittedSite(
         name=path.stem,

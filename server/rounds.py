@@ -161,7 +161,7 @@ class _Run:
     def _resume(self) -> None:
         found = load_checkpoint(self.directory.path / CHECKPOINTS, self.run_uuid)
         if found is None:
-            self.directory.cut_history(0)
+            self.directory.restart_history()
             return
         state, weights, best = found
         check_shapes(weights, self.weights)
@@ -255,8 +255,8 @@ class _Run:
                     "num_steps": reply.number("num-steps") if reply else None,
                     "train_loss": losses.get(outcome.site),
                     "seconds": reply.number("seconds") if reply else None,
-                    "version": reply.version if reply else None,
-                    "code_sha256": reply.code_sha256 if reply else None,
+                    "version": outcome.version or None,
+                    "code_sha256": outcome.code_sha256 or None,
                     "scan_backend": reply.scan_backend if reply else None,
                     "scan_reproducible": is_reproducible(reply.scan_backend) if reply else None,
                 }

@@ -111,6 +111,22 @@ class RunDirectory:
         if self.history_bytes() > length:
             os.truncate(self.path / HISTORY, length)
 
+    def restart_history(self) -> None:
+        """Drop the history of a run that has no checkpoint.
+
+        Raises:
+            CheckpointError: It has a second round, before which a checkpoint was written.
+        """
+        path = self.path / HISTORY
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        rounds = sum(line.startswith('{"type": "round"') for line in lines)
+        if rounds > 1:
+            raise CheckpointError(
+                f"{self.path / CHECKPOINTS} is empty, but {rounds} rounds are in {HISTORY}",
+                hint="restore the checkpoints, or start a new run",
+            )
+        self.cut_history(0)
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the final figures."""
         write_atomic(self.path / SUMMARY, to_json(summary))

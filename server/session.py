@@ -43,6 +43,12 @@ def check_federation(federation: Federation, run: RunConfig) -> None:
             f"admitted sites={num_sites}: every site was promised min-cohort={policy.min_cohort}",
             hint="`python -m server admit` more sites",
         )
+    if run.strategy.min_sites < policy.min_cohort:
+        raise ConfigError(
+            f"strategy.min-sites={run.strategy.min_sites}: every site was promised "
+            f"min-cohort={policy.min_cohort}",
+            hint=f"--set strategy.min-sites={policy.min_cohort}",
+        )
     if run.strategy.max_num_examples > policy.max_num_examples:
         raise ConfigError(
             f"strategy.max-num-examples={run.strategy.max_num_examples}: every site was promised "

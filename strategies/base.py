@@ -51,6 +51,8 @@ class Outcome:
         reason: Why not ``ok``; empty otherwise.
         reply: The verified reply when ``ok``, without its update.
         sums: Evaluation sums of an ``ok`` reply; of the weights it started from when it trained.
+        version: Of the site's code, as it signed; empty without a verified reply.
+        code_sha256: Likewise.
     """
 
     site: str
@@ -58,6 +60,8 @@ class Outcome:
     reason: str = ""
     reply: Reply | None = None
     sums: EvaluationSums | None = None
+    version: str = ""
+    code_sha256: str = ""
 
 
 class Aggregation(ABC):
@@ -241,27 +245,32 @@ class Strategy(ABC):
         """Wait for one site's answer and decide what it is worth."""
         try:
             message = _reply_to(grid, message_id, deadline)
-            if message is None:
-                seconds = self.config.strategy.round_timeout_seconds
-                return Outcome(site, "missing", f"no reply within {seconds:g} s")
-            if message.has_error():
-                error = message.error
-                return Outcome(site, "missing", f"Flower error {error.code}: {error.reason}")
-            keys = self._admitted()
-            if site not in keys:
-                raise ProtocolError("the site was revoked meanwhile")
+        except ProtocolError as error:
+            return Outcome(site, "dropped", str(error))
+        if message is None:
+            seconds = self.config.strategy.round_timeout_seconds
+            return Outcome(site, "missing", f"no reply within {seconds:g} s")
+        if message.has_error():
+            error = message.error
+            return Outcome(site, "missing", f"Flower error {error.code}: {error.reason}")
+        keys = self._admitted()  # where it cannot be read, the run ends: no site is to blame
+        if site not in keys:
+            return Outcome(site, "dropped", "the site was revoked meanwhile")
+        version = code = ""
+        try:
             reply = Reply.from_content(message.content, keys)
             if reply.site != site:
                 raise ProtocolError(f"its node answered in the name of site={reply.site}")
             # Only a fresh signature counts: an old one can be replayed by anybody.
             if reply.message_id != message_id:
                 raise ProtocolError("the signature covers another instruction")
+            version, code = reply.version, reply.code_sha256
             if reply.status == "refused":
-                return Outcome(site, "refused", reply.reason)
+                return Outcome(site, "refused", reply.reason, None, None, version, code)
             sums = check_reply(reply, instruction)
         except FederationError as error:
-            return Outcome(site, "dropped", str(error))
-        return Outcome(site, "ok", reply=reply, sums=sums)
+            return Outcome(site, "dropped", str(error), None, None, version, code)
+        return Outcome(site, "ok", "", reply, sums, version, code)
 
     def _recorded(self, outcome: Outcome, instruction: Instruction) -> Outcome:
         """Write an outcome into the audit log; returns it without the update."""
@@ -276,7 +285,7 @@ class Strategy(ABC):
             site=outcome.site,
             status=outcome.status,
             reason=outcome.reason,
-            code_sha256=reply.code_sha256 if reply else "",
+            code_sha256=outcome.code_sha256,
             bytes=num_bytes(reply.update) if reply else 0,
             arrays_sha256=hash_arrays(reply.update) if reply else "",
         )

@@ -59,6 +59,8 @@ _TYPE_ERRORS = {
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# At most a week: an order lives no longer than its run's deadlines allow.
+Seconds = Annotated[float, Field(gt=0, le=604_800, allow_inf_nan=False)]
 
 
 def kebab(name: str) -> str:
@@ -220,10 +222,8 @@ class StrategySection(Section):
     max_num_examples: Positive = Field(
         default=1_000_000, description="largest num-examples a site may claim"
     )
-    wait_seconds: PositiveFloat = Field(
-        default=300.0, description="deadline for the cohort to connect"
-    )
-    round_timeout_seconds: PositiveFloat = Field(
+    wait_seconds: Seconds = Field(default=300.0, description="deadline for the cohort to connect")
+    round_timeout_seconds: Seconds = Field(
         default=3600.0,
         description="deadline for the replies of a round; also the instructions' lifetime",
     )

@@ -171,6 +171,20 @@ def test_an_order_that_is_followed_is_audited_once(bench, weights):
     }
 
 
+def test_what_a_site_followed_cannot_be_lost_without_notice(bench, weights):
+    assert bench.ask(instruction(weights, "val", order=issued(0))).status == "ok"
+    (bench.site.config.state_dir / "orders.json").unlink()
+    expected = "state-missing: the site has lost what it remembers of its runs"
+    assert bench.refusal(instruction(weights, order=issued(1))) == expected
+
+
+def test_what_read_the_test_split_cannot_be_lost_without_notice(bench, weights):
+    assert bench.ask(instruction(weights, "test", order=issued(0))).status == "ok"
+    (bench.site.config.state_dir / "test-reads.json").unlink()
+    expected = "state-missing: the site has lost what it remembers of its runs"
+    assert bench.refusal(instruction(weights, "test", 2, order=issued(1))) == expected
+
+
 def test_an_older_order_is_refused_by_name_also_after_a_restart(bench, weights, monkeypatch):
     old, new = issued(0, run_uuid="old"), issued(1, run_uuid="new")
     assert bench.ask(instruction(weights, "val", order=old)).status == "ok"

@@ -173,13 +173,22 @@ def test_where_steps_are_told_passes_do_not_count():
 
 def test_an_order_within_the_limits_passes():
     check_order(site(), FederationPolicy(), order(sites="AB"))
-    check_order(site(**{"min-cohort": 3}), FederationPolicy(min_cohort=3), order(sites="CAB"))
+    three = RunConfig.parse({"strategy.min-sites": 3})
+    check_order(
+        site(**{"min-cohort": 3}), FederationPolicy(min_cohort=3), order(three, sites="CAB")
+    )
     check_order(site(**{"allowed-code": ["0" * 64, CODE]}), FederationPolicy(), order())
 
 
 def test_an_order_that_does_not_name_the_site_is_refused():
     for sites in (("B", "C"), ("a", "B"), ("AB", "C")):
         assert order_refusal(site(), order(sites=sites)).code == "not-in-cohort"
+
+
+def test_a_sum_of_fewer_updates_than_the_limit_is_refused_however_many_names_there_are():
+    alone = order(RunConfig.parse({"strategy.min-sites": 1}), sites="ABC")
+    error = order_refusal(site(**{"min-cohort": 2}), alone, min_cohort=1)
+    assert (error.code, str(error)) == ("cohort-too-small", "strategy.min-sites=1; limit 2")
 
 
 @pytest.mark.parametrize(

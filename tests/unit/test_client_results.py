@@ -102,6 +102,15 @@ def test_the_oldest_goes_first(results):
     assert kept == list(range(2, KEEP + 2))
 
 
+def test_what_a_killed_process_left_is_removed(results):
+    results.keep(asked(1), reply())
+    left = results.folder / f".{results._path(_question(asked(2))).name}.tmp0"
+    left.write_bytes(b"half")
+    results.keep(asked(2), reply())
+    assert not left.exists()
+    assert results.find(asked(1)) is not None
+
+
 def test_the_newest_stays_though_the_clock_was_set_back(results):
     for server_round in range(1, KEEP + 1):
         results.keep(asked(server_round), reply())

@@ -207,3 +207,22 @@ def test_provenance_names_commit_and_versions():
 def test_provenance_without_git_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance()["git_commit"] == "unknown"
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_run_without_a_checkpoint_begins_again(tmp_path, rounds):
+    directory = RunDirectory.create(tmp_path / "run", {"seed": 1})
+    for server_round in range(1, rounds + 1):
+        directory.append({"type": "round", "server_round": server_round})
+    directory.restart_history()
+    assert directory.history_bytes() == 0
+
+
+def test_the_history_of_a_run_whose_checkpoints_were_lost_is_kept(tmp_path):
+    directory = RunDirectory.create(tmp_path / "run", {"seed": 1})
+    for server_round in (1, 2):
+        directory.append({"type": "round", "server_round": server_round})
+    before = directory.history_bytes()
+    with pytest.raises(CheckpointError, match=r"is empty, but 2 rounds are in history\.jsonl"):
+        directory.restart_history()
+    assert directory.history_bytes() == before

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fakes.sites import (
+    KEYS,
     NODE_OF,
     SITES,
     Answer,
@@ -23,7 +24,7 @@ from fakes.sites import (
 from strategies.arrays import hash_arrays, num_bytes
 from strategies.audit import AuditLog
 from strategies.code import code_sha256
-from strategies.errors import FederationError, QuorumError
+from strategies.errors import ConfigError, FederationError, QuorumError
 from strategies.records import REASON_LENGTH, Instruction, Reply
 
 pytestmark = pytest.mark.usefixtures("poll_often")
@@ -85,7 +86,28 @@ def test_every_other_outcome_is_there_with_its_reason(log, answer: Answer, statu
     found = entries(log)
     assert [entry["site"] for entry in found] == list(SITES)
     assert (found[1]["status"], found[1]["reason"]) == (status, reason)
-    assert (found[1]["bytes"], found[1]["arrays_sha256"], found[1]["code_sha256"]) == (0, "", "")
+    assert (found[1]["bytes"], found[1]["arrays_sha256"]) == (0, "")
+    # Which code it runs is known of a site that signed an answer to this question.
+    signed_it = answer is not silent and not reason.startswith("its node")
+    assert found[1]["code_sha256"] == (code_sha256() if signed_it else "")
+
+
+def test_a_register_that_cannot_be_read_ends_the_run_and_blames_no_site(log, tmp_path):
+    def admitted():
+        if admitted.readable:
+            return KEYS
+        raise ConfigError(f"{tmp_path}/sites/B.json is damaged")
+
+    admitted.readable = True
+    rounds = strategy(audit=log, admitted=admitted)
+
+    def damage(site, message):
+        admitted.readable = False
+        return signed(site, message)
+
+    with pytest.raises(ConfigError, match=r"B\.json is damaged"):
+        rounds.train(Sites({"A": damage}), NODE_OF, 1, weights())
+    assert entries(log) == []
 
 
 def test_each_site_has_one_entry_for_each_round_and_task(log):

@@ -17,21 +17,43 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+)
+from flwr.proto.fleet_pb2 import (
+    PullMessagesRequest,
+    RegisterNodeFleetRequest,
+    UnregisterNodeFleetRequest,
+)
 from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullAppMessagesRequest
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fakes.federations import SETTINGS, Federation, free_port, wait_until
+from fakes.hostile_site import fleet_client, status_of
 from server import federation as coordinator
 from server.gateway import FLEET_CALLS, write_nginx_configuration
+from strategies.identity import load_node_key
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.slow,
     pytest.mark.timeout(300),
     pytest.mark.skipif(NGINX is None, reason="nginx is not installed"),
 ]
@@ -280,6 +302,42 @@ def test_flower_itself_refuses_whoever_has_no_node_key(hub: Hub, call: str) -> N
     status, answer = hub.ask("POST", f"/v1/fleet/{call}")
     assert status == 401
     assert json.loads(answer) == {"detail": "Invalid SuperNode authentication"}
+
+
+@pytest.mark.usefixtures("unseen")
+def test_an_admitted_site_s_key_opens_nothing_more(hub: Hub) -> None:
+    key = load_node_key(hub.state("A") / "node.key")
+    with ExitStack() as stack:
+        fleet, control, runtime = (
+            stack.enter_context(
+                kind.from_server_address(
+                    f"localhost:{hub.gateway}",
+                    insecure=False,
+                    root_certificates=hub.ca_file.read_bytes(),
+                    interceptors=[NodeAuthHttpInterceptor(key, key.public_key())],
+                )
+            )
+            for kind in (FleetHttpClient, ControlHttpClient, RuntimeHttpClient)
+        )
+        calls = {
+            "list runs": lambda: control.ListRuns(ListRunsRequest()),
+            "start a run": lambda: control.StartRun(StartRunRequest()),
+            "stop a run": lambda: control.StopRun(StopRunRequest(run_id=1)),
+            "list nodes": lambda: control.ListNodes(ListNodesRequest()),
+            "admit a node": lambda: control.RegisterNode(RegisterNodeRequest(name="Z")),
+            "claim a task": lambda: runtime.AcquireTask(AcquireTaskRequest()),
+            "read replies": lambda: runtime.PullMessages(PullAppMessagesRequest()),
+            "register": lambda: fleet.RegisterNode(RegisterNodeFleetRequest()),
+            "unregister": lambda: fleet.UnregisterNode(UnregisterNodeFleetRequest(node_id=1)),
+        }
+        assert {name: status_of(call) for name, call in calls.items()} == dict.fromkeys(calls, 404)
+
+
+def test_that_key_opens_its_own_node(hub: Hub) -> None:
+    own, other = (Node(node_id=hub.nodes()[site].node_id) for site in hub.sites)
+    with fleet_client(hub, "A", f"localhost:{hub.gateway}") as fleet:
+        assert status_of(lambda: fleet.PullMessages(PullMessagesRequest(node=own))) == 200
+        assert status_of(lambda: fleet.PullMessages(PullMessagesRequest(node=other))) == 401
 
 
 def test_health_says_that_the_superlink_is_up_and_nothing_more(hub: Hub) -> None:

@@ -167,19 +167,23 @@ def test_the_deployment_commands_train_three_hospitals(readme, copy, shell, back
             probe.bind(("127.0.0.1", PORT))
         except OSError:
             pytest.skip(f"port {PORT}, which the README's commands use, is taken")
-    printed = ""
+    printed: dict[str, str] = {}
     for line in commands(block(readme, "<!-- deployment -->")):
         if re.match(r"python -m (server superlink|client --site)", line):
             log = background(line)
             deadline = time.monotonic() + 60
-            while "superlink" in line and "Uvicorn running" not in log.read_text():
+            while not re.search("Uvicorn running|site=. connecting", log.read_text()):
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.1)
         else:
-            printed = shell(line)
-    rows = [line.split()[0] for line in printed.splitlines()]
-    assert rows[:5] == ["test", "pooled", "A", "B", "C"]
-    assert "round 2 of 2" in printed or "round 1 of 2" in printed
+            printed[line.split()[3]] = shell(line)
+    lines = printed["run"].splitlines()
+    result = lines.index(next(line for line in lines if line.startswith("test ")))
+    assert [line.split()[0] for line in lines[result + 1 : result + 5]] == ["pooled", "A", "B", "C"]
+    assert [f"{site}  ●●  2 of 2 rounds" in lines for site in "ABC"] == [True] * 3
+    status = printed["status"].splitlines()
+    assert ": complete, round 2 of 2, " in status[3]
+    assert [line.split()[:2] for line in status[-3:]] == [[site, "online"] for site in "ABC"]
     assert (copy / "runs" / "first" / "report.html").exists()
     config = (copy / "runs" / "first" / "config.json").read_text()
     assert '"simulated": false' in config

@@ -19,7 +19,7 @@ from faults.real_processes import (
 )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.fault(
     "F2",
     fault="A site is killed after training, before its update is sent",

@@ -20,7 +20,7 @@ from faults.real_processes import (
 )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.fault(
     "F3",
     fault="A site starts again in the middle of a run",

@@ -11,7 +11,7 @@ from fakes.federations import Federation
 from faults.real_processes import SETTINGS, require_equal, require_intact_logs
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.fault(
     "F6",
     fault="The server is killed between rounds",

@@ -18,7 +18,7 @@ from faults.real_processes import (
 )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.fault(
     "F7",
     fault="The server is killed in the middle of a round",

@@ -19,7 +19,7 @@ from faults.real_processes import (
     wait_until_asked,
 )
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.mark.fault(

@@ -14,6 +14,7 @@ from faults.real_processes import (
     answered,
     asked,
     repeated,
+    require_equal,
     require_intact_logs,
     trained,
     wait_until_asked,
@@ -21,12 +22,14 @@ from faults.real_processes import (
 from server.checkpoint import load_checkpoint
 from strategies.errors import StoppedError
 
+pytestmark = pytest.mark.timeout(600)
+
 # A site looks every 10 s whether its run goes on: a round of C has to be longer.
 SECONDS, LEAST_STEPS = 20, 1400
+SLOW_LINE = 5_000  # bytes a second: an instruction takes ten seconds and more
 BATCH_SIZE = SETTINGS["training__batch_size"]
 
 
-@pytest.mark.timeout(500)
 @pytest.mark.fault(
     "F26",
     fault="The operator stops the run",
@@ -57,6 +60,30 @@ def test_a_run_that_is_stopped_stops_the_sites_and_goes_on_later(
     assert repeated(federation, "C", 2) == 0
     assert set(federation.outcomes().values()) == {"ok"}
     require_intact_logs(federation)
+
+
+@pytest.mark.fault("F26")
+def test_a_site_that_still_fetches_its_instruction_is_free_for_the_next_run(
+    federation: Federation, whole: Path
+) -> None:
+    federation.start_run(**SETTINGS)
+    wait_until(lambda: bool(answered(federation, "C", 1)), "C has done round 1", federation.logs)
+    messages = fetched(federation, "C")
+    federation.links["C"].bytes_per_second = SLOW_LINE
+    wait_until(lambda: fetched(federation, "C") > messages, "C fetches round 2", federation.logs)
+    federation.processes["run"].send_signal(signal.SIGINT)
+    federation.end("run", StoppedError.exit_code)
+    assert asked(federation, "C", 2) == [], "it had not come yet"
+    federation.links["C"].heal()
+
+    federation.start_resumed()
+    federation.end("resumed")
+    require_equal(federation, whole)
+
+
+def fetched(federation: Federation, site: str) -> int:
+    """How many instructions a site's node has begun to fetch."""
+    return (federation.state(site) / "supernode.log").read_text().count("Receiving: train")
 
 
 def stop_in_round_2(federation: Federation, name: str, number: signal.Signals, times: int) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import http.client
-import ssl
-import urllib.error
-import urllib.request
 from pathlib import Path
 
+import httpx
 import pytest
+from flwr.proto.fleet_pb2 import RegisterNodeFleetRequest
+from flwr.supercore.error import ApiErrorCode
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fakes.federations import Federation
 from faults.real_processes import (
@@ -18,6 +20,7 @@ from faults.real_processes import (
     require_intact_logs,
     wait_until_asked,
 )
+from strategies.identity import create_node_key
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -69,15 +72,20 @@ def test_a_superlink_that_was_away_for_long_gets_the_run_anew(
 
 
 def require_tls_and_keys(federation: Federation) -> None:
-    """Require that the superlink speaks TLS alone, and to nobody without a node's key."""
-    path = f"//127.0.0.1:{federation.port}/v1/fleet/pull-messages"
-    headers = {"Content-Type": "application/protobuf"}
-    context = ssl.create_default_context(cafile=str(federation.server_state / "ca.pem"))
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(
-            urllib.request.Request(f"https:{path}", b"", headers), context=context
+    """Require that the superlink speaks TLS alone, and does not take a stranger's node."""
+    key = create_node_key(federation.folder / "strangers.key")
+    request = RegisterNodeFleetRequest(public_key=public_key_to_bytes(key.public_key()))
+    certificates = (federation.server_state / "ca.pem").read_bytes()
+    for is_clear, error in ((False, httpx.HTTPStatusError), (True, httpx.TransportError)):
+        client = FleetHttpClient.from_server_address(
+            f"127.0.0.1:{federation.port}",
+            insecure=is_clear,
+            root_certificates=None if is_clear else certificates,
+            interceptors=[NodeAuthHttpInterceptor(key, key.public_key())],
         )
-    with refused.value as answer:
-        assert answer.code == 401
-    with pytest.raises((http.client.HTTPException, ConnectionError)):  # not even an answer
-        urllib.request.urlopen(urllib.request.Request(f"http:{path}", b"", headers))
+        with client, pytest.raises(error) as refused:
+            client.RegisterNode(request)
+        if isinstance(refused.value, httpx.HTTPStatusError):
+            assert refused.value.response.json()["code"] == (
+                ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED
+            )

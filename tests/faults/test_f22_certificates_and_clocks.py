@@ -19,6 +19,7 @@ from fakes.hostile_site import fleet_client, status_of
 from server import certificates
 from server.certificates import SERVER_LIFE, issue_server_certificate
 from server.federation import Federation as Coordinator
+from strategies.enrolment import FederationPolicy
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -29,8 +30,8 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler is i
 
 @pytest.fixture(scope="module")
 def enrolled(tmp_path_factory: pytest.TempPathFactory) -> Federation:
-    """Two sites and a coordinator whose authority is older than a server certificate lives."""
-    federation = Federation(tmp_path_factory.mktemp("certificates"), ("A", "B"))
+    """Three sites and a coordinator whose authority is older than a server certificate lives."""
+    federation = Federation(tmp_path_factory.mktemp("certificates"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certificates, "BACKDATED", SERVER_LIFE + timedelta(days=100))
         Coordinator.create(
@@ -38,15 +39,17 @@ def enrolled(tmp_path_factory: pytest.TempPathFactory) -> Federation:
             name="lung",
             address=f"127.0.0.1:{federation.port}",
             port=federation.port,
+            policy=FederationPolicy(min_cohort=1),
         )
     for site in federation.sites:
         federation.enrol_site(site)
+        federation.edit(site, "[limits]\n", "[limits]\nmin-cohort = 1\n")  # one is revoked
     return federation
 
 
 @pytest.fixture
-def two(enrolled: Federation, request: pytest.FixtureRequest) -> Iterator[Federation]:
-    """Two enrolled sites, nothing running; a certificate of today before and after each test."""
+def federation(enrolled: Federation, request: pytest.FixtureRequest) -> Iterator[Federation]:
+    """Enrolled sites, nothing running; a certificate of today before and after each test."""
     enrolled.run = f"runs/{request.node.name}"
     issue(enrolled, valid=NEW)
     yield enrolled
@@ -118,123 +121,130 @@ def lines(text: str, start: str) -> list[str]:
     "and none hangs; 30 days before the end they warn; nothing of a revoked site counts from then "
     "on and its node says so; 2 minutes do not matter, 10 are named",
 )
-def test_who_has_an_expired_certificate_is_told_and_refused(two: Federation) -> None:
-    command = two.call("server", "superlink", "--print").stdout
-    issue(two, valid=-timedelta(days=2))
-    for words in (["server", "superlink"], two.run_words()):
-        said = two.call(*words, code=2).stderr
+def test_who_has_an_expired_certificate_is_told_and_refused(federation: Federation) -> None:
+    command = federation.call("server", "superlink", "--print").stdout
+    issue(federation, valid=-timedelta(days=2))
+    for words in (["server", "superlink"], federation.run_words()):
+        said = federation.call(*words, code=2).stderr
         [error] = lines(said, "error: ")
         assert re.fullmatch(r"error: server\.pem expired on \S+ \S+ UTC: sites refuse it", error)
         [hint] = lines(said, "hint: ")
         assert "python -m server init --renew" in hint
-    assert not two.run_dir.exists()
+    assert not federation.run_dir.exists()
 
     # One that was started before, and does not notice.
-    start_by_hand(two, command)
-    said = two.call("client", "--site", "A", code=1, timeout=90).stderr
+    start_by_hand(federation, command)
+    said = federation.call("client", "--site", "A", code=1, timeout=90).stderr
     [error] = lines(said, "error: ")
     assert error.endswith(": its certificate is refused: certificate has expired")
     assert lines(said, "hint: ") == [
         "hint: the coordinator renews it: python -m server init --renew"
     ]
-    said = two.call("client", "check", "--site", "A", code=1).stdout
+    said = federation.call("client", "check", "--site", "A", code=1).stdout
     [found] = lines(said, "FAIL     certificate")
     assert "expired; the coordinator renews it" in found
 
-    two.terminate("superlink", 0)
-    two.call("server", "init", "--renew")
-    two.start_superlink()
-    two.start_sites("A")
-    two.wait_for("A", "connected")
+    federation.terminate("superlink", 0)
+    federation.call("server", "init", "--renew")
+    federation.start_superlink()
+    federation.start_sites("A")
+    federation.wait_for("A", "connected")
 
 
 @pytest.mark.fault("F22")
-def test_before_the_end_both_sides_are_warned(two: Federation) -> None:
-    issue(two, valid=timedelta(days=20, hours=1))
-    [warning] = lines(two.call("server", "status").stderr, "warning: ")
+def test_before_the_end_both_sides_are_warned(federation: Federation) -> None:
+    issue(federation, valid=timedelta(days=20, hours=1))
+    [warning] = lines(federation.call("server", "status").stderr, "warning: ")
     assert "server.pem expires on " in warning
     assert ", in 20 days; python -m server init --renew" in warning
-    two.start_superlink()
-    assert "server.pem expires on " in two.log("superlink")
-    said = two.call("client", "check", "--site", "A").stdout
+    federation.start_superlink()
+    assert "server.pem expires on " in federation.log("superlink")
+    said = federation.call("client", "check", "--site", "A").stdout
     [warning] = lines(said, "warning  certificate")
     assert ", 20 days; the coordinator renews it: python -m server init --renew" in warning
 
 
 @pytest.mark.fault("F22")
-def test_another_authority_is_refused(two: Federation) -> None:
-    address, port = f"127.0.0.1:{two.port}", str(two.port)
-    two.call("server", "init", "--state-dir", "other", "--address", address, "--port", port)
-    two.start("superlink", "server", "superlink", "--state-dir", "other")
-    wait_until(two.superlink_answers, "the other superlink answers", two.logs)
+def test_another_authority_is_refused(federation: Federation) -> None:
+    address, port = f"127.0.0.1:{federation.port}", str(federation.port)
+    federation.call("server", "init", "--state-dir", "other", "--address", address, "--port", port)
+    federation.start("superlink", "server", "superlink", "--state-dir", "other")
+    wait_until(federation.superlink_answers, "the other superlink answers", federation.logs)
 
-    said = two.call("client", "--site", "A", code=2, timeout=90).stderr
+    said = federation.call("client", "--site", "A", code=2, timeout=90).stderr
     [error] = lines(said, "error: ")
     assert error.startswith(f"error: superlink={address}: its certificate is refused: ")
     [hint] = lines(said, "hint: ")
     assert "of another authority than the one joined" in hint
-    said = two.call("client", "check", "--site", "A", code=1).stdout
+    said = federation.call("client", "check", "--site", "A", code=1).stdout
     [found] = lines(said, "FAIL     certificate")
     assert "of another authority than that of the federation joined" in found
-    said = two.call(*two.run_words(), code=1).stderr
+    said = federation.call(*federation.run_words(), code=1).stderr
     [error] = lines(said, "error: ")
     assert error.startswith(f"error: {address} has no certificate of this federation")
-    assert not two.run_dir.exists()
+    assert not federation.run_dir.exists()
 
 
 @pytest.mark.fault("F22")
 @needs_compiler
-def test_a_revoked_site_is_out_and_told_so(two: Federation, wrong_clock: Path) -> None:
-    two.start_superlink()
-    two.start_sites("A")
-    with clock(two, wrong_clock, -2):
-        said = two.call("client", "check", "--site", "B").stdout
-        two.start_sites("B")
+def test_a_revoked_site_is_out_and_told_so(federation: Federation, wrong_clock: Path) -> None:
+    federation.start_superlink()
+    federation.start_sites("A")
+    with clock(federation, wrong_clock, -2):
+        said = federation.call("client", "check", "--site", "B").stdout
+        federation.start_sites("B")
+    federation.start_sites("C")
     [warning] = lines(said, "warning  clock")
     assert re.search(r"1\d\d s behind the superlink's", warning)
-    for site in "AB":
-        two.wait_for(site, "connected")
-    node = Node(node_id=two.nodes()["A"].node_id)
-    key = two.coordinator().sites()["A"].node_key
-    two.start_run(num_server_rounds=500, strategy__min_sites=1)
-    wait_until(lambda: (2, "B") in two.outcomes(), "two rounds are over", two.logs)
-    assert {two.outcomes()[2, site] for site in "AB"} == {"ok"}
+    for site in federation.sites:
+        federation.wait_for(site, "connected")
+    node = Node(node_id=federation.nodes()["A"].node_id)
+    key = federation.coordinator().sites()["A"].node_key
+    federation.start_run(num_server_rounds=500)
+    wait_until(lambda: (2, "C") in federation.outcomes(), "two rounds are over", federation.logs)
+    assert [federation.outcomes()[2, site] for site in federation.sites] == ["ok"] * 3
 
-    assert "unregistered node A" in two.call("server", "revoke", "A").stdout
-    asked = max(server_round for server_round, _ in two.outcomes()) + 1
-    with fleet_client(two, "A") as fleet:
+    assert "unregistered node A" in federation.call("server", "revoke", "A").stdout
+    asked = max(server_round for server_round, _ in federation.outcomes()) + 1
+    with fleet_client(federation, "A") as fleet:
         pulled = status_of(lambda: fleet.PullMessages(PullMessagesRequest(node=node)))
         activated = status_of(
             lambda: fleet.ActivateNode(ActivateNodeRequest(public_key=key, heartbeat_interval=30))
         )
     assert pulled == 401
     assert activated >= 400
-    wait_until(lambda: two.outcomes().get((asked + 2, "B")) == "ok", "B goes on alone", two.logs)
-    later = {site for (server_round, site) in two.outcomes() if server_round > asked}
+    wait_until(
+        lambda: federation.outcomes().get((asked + 2, "B")) == "ok",
+        "B goes on alone",
+        federation.logs,
+    )
+    later = {site for (server_round, site) in federation.outcomes() if server_round > asked}
     assert later == {"B"}, "nobody asks A again"
-    two.wait_for("A", "turned away (HTTP 401): revoked, unknown there, or this machine's clock")
-    two.wait_for("A", "not admitted, revoked, or running elsewhere")
-    assert "round=" not in two.log("A").rpartition("turned away")[2]
-    two.terminate("run", 130)
-    two.call("server", "audit", "--verify")
-    two.call("client", "audit", "--site", "A", "--verify")
+    federation.wait_for(
+        "A", "turned away (HTTP 401): revoked, unknown there, or this machine's clock"
+    )
+    federation.wait_for("A", "not admitted, revoked, or running elsewhere")
+    assert "round=" not in federation.log("A").rpartition("turned away")[2]
+    federation.terminate("run", 130)
+    federation.call("server", "audit", "--verify")
+    federation.call("client", "audit", "--site", "A", "--verify")
 
 
 @pytest.mark.fault("F22")
 @needs_compiler
 @pytest.mark.parametrize(("minutes", "direction"), [(-10, "behind"), (10, "ahead of")])
 def test_a_clock_that_is_off_is_named(
-    two: Federation, wrong_clock: Path, minutes: int, direction: str
+    federation: Federation, wrong_clock: Path, minutes: int, direction: str
 ) -> None:
-    two.start_superlink()
-    with clock(two, wrong_clock, minutes):
-        said = two.call("client", "check", "--site", "B", code=1).stdout
-        two.start_sites("B")
+    federation.start_superlink()
+    with clock(federation, wrong_clock, minutes):
+        said = federation.call("client", "check", "--site", "B", code=1).stdout
+        federation.start_sites("B")
     [found] = lines(said, "FAIL     clock")
     assert re.search(rf"(59|60)\d s {direction} the superlink's; it refuses more than 300 s", found)
     assert "set the clock (NTP)" in found
-    two.wait_for("B", "this machine's clock is wrong")
-    assert "connected" not in two.log("B")
-    assert not two.nodes()["B"].online
-    two.processes["B"].terminate()
-    two.processes["B"].wait(30)
+    federation.wait_for("B", "this machine's clock is wrong")
+    assert "connected" not in federation.log("B")
+    assert not federation.nodes()["B"].online
+    federation.processes["B"].terminate()
+    federation.processes["B"].wait(30)

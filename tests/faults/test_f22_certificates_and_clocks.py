@@ -144,7 +144,7 @@ def test_who_has_an_expired_certificate_is_told_and_refused(federation: Federati
     [found] = lines(said, "FAIL     certificate")
     assert "expired; the coordinator renews it" in found
 
-    federation.terminate("superlink", 0)
+    federation.kill("superlink")
     federation.call("server", "init", "--renew")
     federation.start_superlink()
     federation.start_sites("A")

@@ -47,7 +47,9 @@ def commands(text: str) -> list[str]:
 def frame(line: str) -> str:
     """Return a result line without what differs from run to run."""
     return " ".join(
-        re.sub(r"\d\.\d{3}(±\d\.\d+)?|n/a|runs/\S+|round \d+ of \d+", "#", line).split()
+        re.sub(
+            r"\d\.\d{3}(±\d\.\d+)?|n/a|runs/\S+|round \d+ of \d+|●+ +\d+ of \d+ rounds", "#", line
+        ).split()
     )
 
 

@@ -86,6 +86,11 @@ def begin_round(path: Path, run_uuid: str, server_round: int) -> None:
         _write(path, followed.model_copy(update={"rounds": rounds}))
 
 
+def forget(path: Path) -> None:
+    """Begin anew, for a site whose coordinator has a new key: no earlier order is one of its."""
+    _write(path, _Followed())
+
+
 def _write(path: Path, followed: _Followed) -> None:
     write_atomic(path, followed.model_dump_json(indent=1))
 

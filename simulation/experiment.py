@@ -26,6 +26,7 @@ from client.data.manifest import ImageDataset
 from client.data.registry import load
 from client.data.transforms import require_fit
 from client.membership import Membership
+from client.orders import forget
 from client.site import ORDERS, Site, choose_device, register
 from client.site_config import AUDIT_LOG, SIGNING_KEY, Limits, SiteConfig
 from client.train import batches
@@ -283,7 +284,7 @@ def _site(
     )  # pyright: ignore[reportCallIssue]
     make_folder(config.state_dir, secret=True)
     # The order key is new in each session, so what a site followed before is no order of it.
-    (config.state_dir / ORDERS).unlink(missing_ok=True)
+    forget(config.state_dir / ORDERS)
     signing_key = create_signing_key(config.state_dir / SIGNING_KEY)
     request = EnrolmentRequest.create(
         name,

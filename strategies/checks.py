@@ -53,7 +53,7 @@ def _check_update(update: Arrays, weights: Arrays) -> None:
     if update.keys() != weights.keys():
         odd = sorted(update.keys() ^ weights.keys())
         raise ProtocolError(f"arrays {', '.join(odd[:3])} are missing or unknown ({len(odd)})")
-    for name, value in update.items():
+    for name, value in sorted(update.items()):
         if value.shape != weights[name].shape:
             raise ProtocolError(
                 f"array {name!r} has shape={value.shape}; expected {weights[name].shape}"

@@ -271,9 +271,21 @@ def submit(federation: Federation) -> None:
         assert control.client.StartRun(StartRunRequest(fab=fab_to_proto(bundle))).run_id
 
 
+@dataclass(frozen=True)
+class Attacked:
+    """A complete run through which A and D did all of CASES.
+
+    Attributes:
+        sites: The hostile ones.
+        audit_of_b: What B had written into its log by the end of the run.
+    """
+
+    sites: Mapping[str, HostileSite]
+    audit_of_b: list[dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
-def hostile(federation: Federation) -> Iterator[dict[str, HostileSite]]:
-    """A run through which A and D do all of CASES; the run is complete."""
+def attacked(federation: Federation) -> Iterator[Attacked]:
     sites = {name: HostileSite(federation, name) for name in HOSTILE}
     for name, site in sites.items():
         site.plan = {
@@ -284,7 +296,7 @@ def hostile(federation: Federation) -> Iterator[dict[str, HostileSite]]:
     submit(federation)
     federation.start_run(num_server_rounds=LAST, strategy__round_timeout_seconds=45)
     federation.end("run", timeout=400)
-    yield sites
+    yield Attacked(sites, federation.audit(federation.state("B")))
     for site in sites.values():
         if not site.stopped:
             site.stop()
@@ -292,11 +304,11 @@ def hostile(federation: Federation) -> Iterator[dict[str, HostileSite]]:
 
 @pytest.mark.parametrize("where", CASES, ids=lambda where: f"{where[0]}{where[1]}")
 def test_an_admitted_site_s_misdeed_is_refused_by_name(
-    federation: Federation, hostile: dict[str, HostileSite], where: tuple[int, str]
+    federation: Federation, attacked: Attacked, where: tuple[int, str]
 ) -> None:
     case = CASES[where]
     server_round = where[0]
-    assert hostile[where[1]].failures == []
+    assert attacked.sites[where[1]].failures == []
     status = federation.outcomes()[server_round, case.site]
     reason = federation.reasons()[server_round, case.site]
     assert (status, case.reason in reason) == (case.status, True), reason
@@ -305,7 +317,7 @@ def test_an_admitted_site_s_misdeed_is_refused_by_name(
 
 
 def test_the_run_completes_with_the_honest_sites(
-    federation: Federation, hostile: dict[str, HostileSite]
+    federation: Federation, attacked: Attacked
 ) -> None:
     outcomes = federation.outcomes()
     forged = {server_round for (server_round, _), case in CASES.items() if case.site == "B"}
@@ -319,9 +331,7 @@ def test_the_run_completes_with_the_honest_sites(
     federation.call("server", "audit", "--verify")
 
 
-def test_of_two_answers_the_first_counts_alone(
-    federation: Federation, hostile: dict[str, HostileSite]
-) -> None:
+def test_of_two_answers_the_first_counts_alone(federation: Federation, attacked: Attacked) -> None:
     lines = [line for line in federation.history() if line["type"] == "site"]
     [counted] = [
         line["num_examples"] for line in lines if (line["server_round"], line["site"]) == (10, "A")
@@ -334,24 +344,20 @@ def trained_rounds(federation: Federation, site: str) -> list[str]:
     return re.findall(rf"^round=(\d+) site={site} loss=", federation.log(site), re.MULTILINE)
 
 
-def test_a_site_follows_no_other_site(
-    federation: Federation, hostile: dict[str, HostileSite]
-) -> None:
+def test_a_site_follows_no_other_site(federation: Federation, attacked: Attacked) -> None:
     trained = trained_rounds(federation, "B")
     assert len(set(trained)) == len(trained), "no round twice"
     refused = [
         entry["fields"]["reason"]
-        for entry in federation.audit(federation.state("B"))
+        for entry in attacked.audit_of_b
         if entry["event"] == "answered" and entry["fields"]["status"] == "refused"
     ]
     assert refused == ["bad-instruction: signature does not match the signed content"]
     assert "site=B task=train answered again, not worked out again" in federation.log("B")
 
 
-def test_a_node_key_opens_its_own_node_alone(
-    federation: Federation, hostile: dict[str, HostileSite]
-) -> None:
-    own, other = hostile["A"].node.node_id, federation.nodes()["B"]
+def test_a_node_key_opens_its_own_node_alone(federation: Federation, attacked: Attacked) -> None:
+    own, other = attacked.sites["A"].node.node_id, federation.nodes()["B"]
     node = Node(node_id=other.node_id)
     new = public_key_to_bytes(ec.generate_private_key(ec.SECP384R1()).public_key())
     with fleet_client(federation, "A") as fleet:
@@ -381,9 +387,7 @@ def test_a_node_key_opens_its_own_node_alone(
 # --- somebody on the coordinator's machine
 
 
-def test_without_the_secret_nobody_hosts_a_run(
-    federation: Federation, hostile: dict[str, HostileSite]
-) -> None:
+def test_without_the_secret_nobody_hosts_a_run(federation: Federation, attacked: Attacked) -> None:
     coordinator = federation.coordinator()
     runtime = RuntimeHttpClient.from_server_address(
         coordinator.superlink_address,
@@ -514,13 +518,13 @@ ALL = {**STRANGER, **COORDINATOR, **OLD_ORDER}
 
 
 @pytest.fixture(scope="module")
-def answers(federation: Federation, hostile: dict[str, HostileSite]) -> dict[str, Reply]:
+def answers(federation: Federation, attacked: Attacked) -> dict[str, Reply]:
     """What the sites answer to all of ALL."""
-    hostile["D"].stop()
+    attacked.sites["D"].stop()
     federation.edit("D", "require-privacy = false", "require-privacy = true")
     federation.start_sites("D")
     federation.wait_for("D", "connected")
-    heard = hostile["A"].heard
+    heard = attacked.sites["A"].heard
     stranger, recorded = Ed25519PrivateKey.generate(), unverified(heard[LAST])
     own = Orders(recorded, stranger).content()
     contents = {

@@ -41,7 +41,8 @@ def test_a_killed_site_is_done_without_until_it_is_back(federation: Federation) 
     assert trained(federation, "A", 2) == 0, "it was killed while it trained"
     wait_until(lambda: (2, "C") in federation.outcomes(), "round 2 ends", federation.logs)
     assert [federation.outcomes()[2, site] for site in "ABC"] == ["missing", "ok", "ok"]
-    assert federation.reasons()[2, "A"].startswith("Flower error")
+    # As a rule the goodbye arrives; where it does not, the deadline ends the round.
+    assert federation.reasons()[2, "A"].startswith(("Flower error", "no reply within"))
     require_intact_logs(federation)
     federation.start_sites("A")
     wait_until_back(federation, "A", 3)

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1 FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all faults lint check bench clean
+.PHONY: help demo test test-all test-failed faults lint check bench clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ test-all: $(VENV)/installed-dev  ## everything; a skip that is not listed in tes
 
 faults: $(VENV)/installed-dev  ## inject every fault and write docs/reliability.md
 	$(TEST_ENV) $(BIN)/python -m pytest tests/faults --write-reliability docs/reliability.md
+
+test-failed: $(VENV)/installed-dev  ## only what failed last time
+	$(TEST_ENV) $(BIN)/python -m pytest tests --last-failed --last-failed-no-failures none
 
 lint: $(VENV)/installed-dev  ## format, lint, types
 	$(BIN)/ruff format --check .

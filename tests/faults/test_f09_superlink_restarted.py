@@ -59,7 +59,7 @@ def test_a_superlink_that_was_away_for_long_gets_the_run_anew(
     federation.start_run(**SETTINGS)
     wait_until_asked(federation, "A", 2)
     federation.kill("superlink")
-    federation.wait_for("run", "is lost")
+    federation.wait_for("run", "is lost", seconds=240)
     federation.start_superlink()
 
     said = federation.end("run")

@@ -83,7 +83,7 @@ def test_after_a_minute_the_site_is_back_by_itself(federation: Federation) -> No
     assert 2 <= tried <= MINUTE
     said = (federation.state("C") / "supernode.log").read_text()
     waits = [float(text) for text in re.findall(r"retrying in ([\d.]+) seconds", said)]
-    assert len(set(waits)) == len(waits) >= 2
+    assert len(set(waits)) >= 2, "random"
     assert max(waits) <= 20
     assert federation.log("C").count("unreachable reason=") == 1, "it is said once"
     assert "does not answer as an HTTPS server" in federation.log("C")

@@ -59,6 +59,37 @@ def test_a_transfer_that_takes_longer_than_a_lease_is_completed(federation: Fede
     require_intact_logs(federation)
 
 
+@pytest.mark.fault("F15")
+def test_a_line_that_breaks_in_a_transfer_goes_on_with_what_is_missing(
+    federation: Federation,
+) -> None:
+    wait_until(lambda: federation.is_online("C"), "C is connected", federation.logs)
+    link = federation.links["C"]
+    # Slow enough to be met in the middle: two pieces travel at a time, then the third is alone.
+    before, link.bytes_per_second = link.carried, 4 * BYTES_PER_SECOND
+    settings: dict[str, Any] = {**SETTINGS, **MODEL, "num_server_rounds": 1}
+    settings |= {"training__local_steps": 1, "strategy__round_timeout_seconds": 300}
+    federation.start_run(**settings)
+    wait_until(lambda: link.carried - before > 2.3 * PIECE, "the model travels", federation.logs)
+    link.reset()
+    wait_until(lambda: trained(federation, "C", 1) == 1, "C trains", federation.logs)
+    middle = link.carried
+    wait_until(lambda: link.carried - middle > 2.3 * PIECE, "the update travels", federation.logs)
+    link.reset()
+    wait_until(lambda: (1, "C") in federation.outcomes(), "the update arrives", federation.logs)
+    carried = link.carried - before
+    link.heal()
+
+    assert federation.outcomes() == {(1, site): "ok" for site in "ABC"}, federation.reasons()
+    size = answered(federation, "C", 1)[0]["bytes"]
+    assert size > 3 * PIECE
+    # Of each way at most the pieces that were under way are sent again, none that had arrived.
+    assert 2 * size < carried < 2 * size + 3 * PIECE
+    assert len(asked(federation, "C", 1)) == trained(federation, "C", 1) == 1
+    assert federation.end("run").count("submitted flower_run_id=") == 1
+    require_intact_logs(federation)
+
+
 def longest_piece(federation: Federation) -> int:
     """Return the length of the longest object that flower-superlink holds now."""
     path = federation.server_state / "superlink.sqlite"

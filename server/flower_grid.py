@@ -117,15 +117,21 @@ def run_retries() -> RetryInvoker:
         if state.tries > 1:
             log.info("flower-superlink answers again after %.0f s", state.elapsed_time)
 
-    return RetryInvoker(
+    def on_give_up(state: RetryState) -> None:
+        if isinstance(state.exception, httpx.TransportError):
+            retries.max_time = 0.0  # the run is lost: what is still asked need not wait again
+
+    retries = RetryInvoker(
         lambda: exponential(max_delay=RETRY_SECONDS),
         flower.recoverable_exceptions,
         max_tries=None,
         max_time=LEASE_SECONDS,
         on_success=on_success,
         on_backoff=on_backoff,
+        on_giveup=on_give_up,
         should_giveup=should_give_up,
     )
+    return retries
 
 
 def is_refusal(error: httpx.HTTPStatusError) -> bool:

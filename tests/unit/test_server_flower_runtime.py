@@ -237,6 +237,23 @@ def test_a_superlink_that_stays_away_for_long_is_waited_for(superlink, hosted, c
     assert superlink.calls[second - 1] == "list-runs"
 
 
+def test_a_lease_is_waited_for_once_and_not_by_every_call(monkeypatch):
+    monkeypatch.setattr(flower_grid, "LEASE_SECONDS", 0.05)
+    monkeypatch.setattr(flower_grid, "RETRY_SECONDS", 0.001)
+    retries, tries = flower_grid.run_retries(), []
+
+    def call():
+        tries.append(1)
+        raise httpx.ConnectError("refused")
+
+    for _ in range(2):
+        with pytest.raises(httpx.ConnectError):
+            retries.invoke(call)
+        tries.append(0)
+    assert tries[-3:] == [0, 1, 0]
+    assert len(tries) > 4  # the first call did not give up at once
+
+
 def test_the_wait_for_it_ends(superlink, hosted, monkeypatch):
     monkeypatch.setattr(flower_grid, "LEASE_SECONDS", 0.01)
     monkeypatch.setattr(flower_runs.time, "monotonic", ticking(flower_runs.time.monotonic))

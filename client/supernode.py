@@ -3,7 +3,8 @@
 Left alone (flwr 1.41, over TLS) Flower's node takes any error with "ssl" in its text for a wrong
 certificate, also a handshake that a network fault cuts. It then leaves its main loop while its
 local HTTP server keeps the process: a node that looks alive and never connects again. A heartbeat
-thread that dies leaves another such.
+thread that dies leaves another such. And it takes a piece of a reply of which only the receipt was
+lost, or late on a slow line, for one that the coordinator refuses, and gives the whole reply up.
 
 Invariant: this process is connected, trying to connect, or gone; and it does not outlive its
 parent. Started by :mod:`client.supervisor` as ``python -m client.supernode PARENT_PID OPTIONS``.
@@ -17,16 +18,20 @@ import signal
 import sys
 import threading
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import httpx
+from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.cli import flower_supernode
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
 # What waiting does not mend; every other failure of a connection is tried again.
 HOPELESS = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")
-RETRIES = "make_simple_http_retry_invoker"
+# Pieces are of 5 MiB and two travel at once; from one to the next a coordinator waits 180 s.
+PIECE_SECONDS = 150.0
+PUSH_OBJECT = "/v1/fleet/push-object"
 FAILED = 1
 
 
@@ -34,9 +39,10 @@ def main() -> NoReturn:
     """Run the node with the options of ``flower-supernode`` until it is told to leave or fails."""
     die_with(int(sys.argv.pop(1)))
     threading.excepthook = _end
-    # Read before it is written: an assignment alone would not notice that the name has moved.
-    assert getattr(fleet_http_connection, RETRIES) is make_simple_http_retry_invoker
-    setattr(fleet_http_connection, RETRIES, patient_retries)
+    for flowers, ours in OURS.items():
+        # Read before it is written: an assignment alone would not notice that the name has moved.
+        getattr(fleet_http_connection, flowers)
+        setattr(fleet_http_connection, flowers, ours)
     try:
         flower_supernode()
     except SystemExit:
@@ -63,6 +69,42 @@ def patient_retries() -> RetryInvoker:
 
     retries.should_giveup = give_up
     return retries
+
+
+class ReceiptKeepingClient(FleetHttpClient):
+    """Flower's client, which may lose the receipt for a piece and still knows that it was sent.
+
+    A coordinator takes each piece once and refuses it from then on.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unsure: set[tuple[str, str]] = set()
+
+    def PushObject(self, request: PushObjectRequest) -> PushObjectResponse:  # noqa: N802
+        """Send one piece of a reply."""
+        piece = (request.session_id, request.object_id)
+        try:
+            response = super().PushObject(request)
+        except httpx.HTTPError:
+            self._unsure.add(piece)
+            raise
+        if piece in self._unsure:
+            # If it had not arrived after all, the coordinator misses it and says so.
+            response.stored = True
+            self._unsure.discard(piece)
+        return response
+
+    def _unary_unary(self, *, path: str, timeout: float | None = None, **rest: Any) -> Any:
+        if path == PUSH_OBJECT:
+            timeout = PIECE_SECONDS
+        return super()._unary_unary(path=path, timeout=timeout, **rest)
+
+
+OURS = {
+    "make_simple_http_retry_invoker": patient_retries,
+    "FleetHttpClient": ReceiptKeepingClient,
+}
 
 
 def die_with(parent: int) -> None:

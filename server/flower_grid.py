@@ -33,10 +33,13 @@ from flwr.superlink.grid import HttpGrid
 
 from server.flower_runs import LEASE_SECONDS
 from strategies.base import GRACE_SECONDS
+from strategies.errors import ProtocolError
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 2
+# Flower forgets a reply of which not all came: who waits for it has to have stopped waiting.
+MARGIN_SECONDS = 1.0
 # A reply holds weights as its instruction did, and metrics; what is far larger is none.
 REPLY_FACTOR = 2
 REPLY_SPARE_BYTES = 16 * 2**20
@@ -60,35 +63,47 @@ class RunGrid(HttpGrid):
         """Push a round's instructions, whose time to live says when it ends."""
         messages = list(messages)
         ttl = max((message.metadata.ttl for message in messages), default=math.inf)
-        self._deadline = time.monotonic() + ttl - GRACE_SECONDS
         self._instruction_bytes = max([self._instruction_bytes, *map(_array_bytes, messages)])
-        return super().push_messages(messages)
+        try:
+            return super().push_messages(messages)
+        finally:
+            self._deadline = time.monotonic() + ttl - GRACE_SECONDS + MARGIN_SECONDS
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pull replies; all of one call together have the size of one, so ask for one at a time."""
+        """Pull replies; all of one call together have the size of one, so ask for one at a time.
+
+        Raises:
+            ProtocolError: A site announces more than a reply can be.
+        """
         client = self._runtime_client
         pull = client.PullObject
-        left = REPLY_FACTOR * self._instruction_bytes + REPLY_SPARE_BYTES
+        most = REPLY_FACTOR * self._instruction_bytes + REPLY_SPARE_BYTES
+        taken, is_over = 0, False
         counting = threading.Lock()
 
         def pull_object(request: PullObjectRequest) -> PullObjectResponse:
-            nonlocal left
+            nonlocal taken, is_over
             response = pull(request)
             with counting:
-                left -= len(response.object_content)
-                if left < 0:
+                taken += len(response.object_content)
+                if taken > most:
                     raise ObjectPullError(request.object_id, "the reply is too large")
             waiting = response.object_found and not response.object_available
             if waiting and time.monotonic() >= self._deadline:
+                is_over = True
                 raise ObjectPullError(request.object_id, "the round is over")
             return response
 
         # Per call: threads of a call that was given up count what they still fetch on its own.
         client.PullObject = pull_object
         try:
-            return super().pull_messages(message_ids)
+            messages = super().pull_messages(message_ids)
         finally:
             client.PullObject = pull
+        # Flower's own words for either are those for an upload that was broken off.
+        if taken > most:
+            raise ProtocolError(f"its reply is too large: expected at most {most} bytes")
+        return [] if is_over else messages
 
 
 def _array_bytes(message: Message) -> int:

@@ -323,6 +323,8 @@ def _reply_to(grid: Grid, message_id: str, deadline: float) -> Message | None:
     while True:
         try:
             found = list(grid.pull_messages([message_id]))
+        except ProtocolError:
+            raise
         except Exception as error:  # Flower unpacks what a site wrote, and raises what happens
             # A connection or run that has ended raises here again, and is not the site's fault.
             list(grid.get_nodes())

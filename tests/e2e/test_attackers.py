@@ -56,7 +56,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 HOSTILE = ("A", "D")
 SITES = ("A", "B", "C", "D")
-MEGABYTES_100 = 100_000_000
+MEGABYTE = 1_000_000
 UNAUTHORIZED = 401
 
 
@@ -140,14 +140,19 @@ def other_schema(site: HostileSite, asked: Asked) -> None:
     site.send(asked, content)
 
 
-def long_reason(site: HostileSite, asked: Asked) -> None:
-    text = "x" * MEGABYTES_100
-    content = site.content(asked, status="refused", reason=text, update={}, metrics={})
-    _sent(site.send(asked, content))
+def long_reason(length: int) -> Misdeed:
+    def misdeed(site: HostileSite, asked: Asked) -> None:
+        text = "x" * length
+        content = site.content(asked, status="refused", reason=text, update={}, metrics={})
+        _sent(site.send(asked, content))
+
+    return misdeed
 
 
-def long_error(site: HostileSite, asked: Asked) -> None:
-    _sent(site.push(Message(Error(1, "x" * MEGABYTES_100), reply_to=asked.message)))
+def long_error(length: int) -> Misdeed:
+    return lambda site, asked: _sent(
+        site.push(Message(Error(1, "x" * length), reply_to=asked.message))
+    )
 
 
 def no_message(site: HostileSite, asked: Asked) -> None:
@@ -235,17 +240,19 @@ CASES = {
     ),
     (5, "D"): Case(metrics(train_loss=float("nan")), "D", "dropped", "'train-loss' is not finite"),
     (6, "A"): Case(other_schema, "A", "dropped", "schema-version=99; expected "),
-    (6, "D"): Case(long_reason, "D", "dropped", "reason has 100000000 characters"),
+    (6, "D"): Case(long_reason(MEGABYTE), "D", "dropped", "reason has 1000000 characters"),
     (7, "A"): Case(no_message, "A", "dropped", "its reply is not readable"),
     (7, "D"): Case(garbage, "D", "dropped", "its reply is not readable"),
     (8, "A"): Case(forges("B"), "B", "dropped", "its node answered in the name of site=A"),
     (8, "D"): Case(claims(10**9), "D", "dropped", "num-examples=1000000000: expected 1 to 1000000"),
     (9, "A"): Case(forges("B", site="B"), "B", "dropped", "signature does not match"),
-    (9, "D"): Case(long_error, "D", "missing", "Flower error 1: xxx"),
+    (9, "D"): Case(long_error(MEGABYTE), "D", "missing", "Flower error 1: xxx"),
     (10, "A"): Case(answers_twice, "A", "ok", ""),
     (10, "D"): Case(instructs("B", with_other_weights), "D", "ok", ""),
-    (11, "A"): Case(announces, "A", "missing", "Flower error "),
+    (11, "A"): Case(announces, "A", "missing", "no reply within 45 s"),
     (11, "D"): Case(instructs("B", lambda asked: asked.message.content), "D", "ok", ""),
+    (12, "A"): Case(long_reason(100 * MEGABYTE), "A", "dropped", "its reply is too large"),
+    (12, "D"): Case(long_error(100 * MEGABYTE), "D", "dropped", "its reply is too large"),
 }
 LAST = max(server_round for server_round, _ in CASES)
 
@@ -496,7 +503,7 @@ STRANGER = {
     "a genuine order, other weights": FORGED,
     "a genuine order, another round": FORGED,
     "a genuine order, its own instruction": FORGED,
-    "an old instruction, recorded": "round-passed: round=1: the run is at 11 here",
+    "an old instruction, recorded": f"round-passed: round=1: the run is at {LAST} here",
 }
 COORDINATOR = {
     "a path to read": "bad-order: unknown key data.file=/etc/shadow",

@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 
 CHUNK = 16 * 1024
+UPLOAD = 2**20
 
 
 class Link:
@@ -18,6 +19,8 @@ class Link:
         bytes_per_second: Of all connections together; None: as fast as it goes.
         carried: Bytes so far, both ways.
         refused: Connections that were tried while it was cut.
+        lost_receipts: As many answers to uploads as this are still to be lost with their
+            connection.
     """
 
     def __init__(self, port: int) -> None:
@@ -25,7 +28,7 @@ class Link:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.bytes_per_second: float | None = None
-        self.carried = self.refused = 0
+        self.carried = self.refused = self.lost_receipts = 0
         self._cut = False
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._lock = threading.Lock()
@@ -70,7 +73,7 @@ class Link:
             inner.close()
             return
         outer.settimeout(None)
-        pair = (inner, outer)
+        pair, uploaded = (inner, outer), 0
         with self._lock:
             self._pairs.add(pair)
         try:
@@ -80,6 +83,10 @@ class Link:
                     data = source.recv(CHUNK)
                     if not data:
                         return
+                    if source is outer and uploaded >= UPLOAD and self.lost_receipts:
+                        self.lost_receipts -= 1
+                        return
+                    uploaded = uploaded + len(data) if source is inner else 0
                     self._pace(len(data))
                     (outer if source is inner else inner).sendall(data)
         except (OSError, ValueError):

@@ -90,6 +90,22 @@ def test_a_line_that_breaks_in_a_transfer_goes_on_with_what_is_missing(
     require_intact_logs(federation)
 
 
+@pytest.mark.fault("F15")
+def test_a_piece_of_which_the_receipt_is_lost_has_arrived(federation: Federation) -> None:
+    """What the superlink has taken once it refuses; Flower's node then gives the reply up."""
+    wait_until(lambda: federation.is_online("C"), "C is connected", federation.logs)
+    link = federation.links["C"]
+    link.lost_receipts = 2
+    federation.start_run(
+        **{**SETTINGS, **MODEL, "num_server_rounds": 1, "training__local_steps": 1}
+    )
+    federation.end("run")
+    assert link.lost_receipts == 0
+    assert federation.outcomes() == {(1, site): "ok" for site in "ABC"}, federation.reasons()
+    assert len(asked(federation, "C", 1)) == trained(federation, "C", 1) == 1
+    require_intact_logs(federation)
+
+
 def longest_piece(federation: Federation) -> int:
     """Return the length of the longest object that flower-superlink holds now."""
     path = federation.server_state / "superlink.sqlite"

@@ -11,7 +11,9 @@ import time
 
 import httpx
 import pytest
+from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.supercore.run import RunNotRunningException
+from flwr.supernode import fleet_http_connection
 
 from client import supernode
 
@@ -24,12 +26,16 @@ def play(name, **members):
     vars(sys.modules[name]).update(members)
 
 retries = dict(make_simple_http_retry_invoker=object())
+client = dict(FleetHttpClient=object)
+play("flwr.proto.message_pb2", PushObjectRequest=object, PushObjectResponse=object)
 play("flwr.supercore.retry", RetryInvoker=object, **retries)
-play("flwr.supernode.fleet_http_connection", **retries)
+play("flwr.supernode.fleet_http_client", **client)
+play("flwr.supernode.fleet_http_connection", **retries, **client)
 fleet = sys.modules["flwr.supernode.fleet_http_connection"]
 play("flwr.supernode", fleet_http_connection=fleet)
 play("flwr.supernode.cli", flower_supernode=None)
 play("flwr")
+play("flwr.proto")
 play("flwr.supercore")
 from client import supernode
 sys.argv = ["supernode", sys.argv[1], "--superlink", "hub.example:1"]
@@ -163,26 +169,51 @@ def test_answers_of_the_coordinator_mean_what_flower_says():
         give_up(status(403))
 
 
-def test_the_node_really_uses_these_retries(monkeypatch):
-    """Flower's own, in place of ours, would be found nowhere but in an outage."""
-    from flwr.supernode import fleet_http_connection
+@pytest.mark.parametrize(
+    ("lost", "stored", "sent"),
+    [
+        (False, True, True),
+        (False, False, False),  # refused: the session is over
+        (True, False, True),  # it had arrived, and is taken no second time
+        (True, True, True),
+    ],
+)
+def test_a_piece_whose_receipt_was_lost_was_sent(lost, stored, sent):
+    first, waits = [lost], []
 
+    def answer(request: httpx.Request) -> httpx.Response:
+        waits.append(request.extensions["timeout"]["read"])
+        if first.pop() if first else False:
+            raise httpx.ReadError("Connection reset by peer", request=request)
+        content = PushObjectResponse(stored=stored).SerializeToString()
+        return httpx.Response(200, content=content)
+
+    client = supernode.ReceiptKeepingClient.from_server_address("hub.example:1", True, None, [])
+    client._client = httpx.Client(transport=httpx.MockTransport(answer))
+    request = PushObjectRequest(session_id="s", object_id="f" * 64, object_content=b"piece")
+    with client:
+        response = supernode.patient_retries().invoke(client.PushObject, request)
+        assert response.stored is sent
+        again = PushObjectRequest(session_id="later", object_id="f" * 64)
+        assert client.PushObject(again).stored is stored
+    assert set(waits) == {supernode.PIECE_SECONDS}, "as long as it may take on a slow line"
+
+
+def test_the_node_really_uses_these(monkeypatch):
+    """Flower's own, in place of ours, would be found nowhere but in an outage."""
     used = []
 
     def run():
-        used.append(fleet_http_connection.make_simple_http_retry_invoker)
+        used.extend(getattr(fleet_http_connection, name) for name in supernode.OURS)
         raise SystemExit(0)
 
     monkeypatch.setattr(supernode, "flower_supernode", run)
     monkeypatch.setattr(sys, "argv", ["supernode", str(os.getppid())])
     monkeypatch.setattr(supernode, "die_with", lambda parent: None)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    monkeypatch.setattr(
-        fleet_http_connection,
-        supernode.RETRIES,
-        fleet_http_connection.make_simple_http_retry_invoker,
-    )
+    for name in supernode.OURS:
+        monkeypatch.setattr(fleet_http_connection, name, getattr(fleet_http_connection, name))
     with pytest.raises(SystemExit):
         supernode.main()
-    assert used == [supernode.patient_retries]
+    assert used == list(supernode.OURS.values())
     assert signal.getsignal(signal.SIGTERM) is not None

@@ -22,7 +22,13 @@ from client.site import Site, registered
 from client.train import check_scan_backend, evaluate, train
 from strategies.arrays import hash_arrays, num_bytes
 from strategies.cli import one_line
-from strategies.errors import FederationError, ProtocolError, RefusalError, SignatureError
+from strategies.errors import (
+    DataError,
+    FederationError,
+    ProtocolError,
+    RefusalError,
+    SignatureError,
+)
 from strategies.records import REASON_LENGTH, Instruction, MetricValue, Reply, Task
 from strategies.run_config import SCAN_BACKENDS
 
@@ -110,6 +116,9 @@ def _reply(site: Site, message: Message, kind: str) -> Reply:
         code, text = error.code, str(error)
     except (ProtocolError, SignatureError) as error:
         code, text = "bad-instruction", str(error)
+    except DataError:
+        log.exception("site=%s data not readable", site.name)
+        code, text = "no-data", "the site's data cannot be read; see its log"
     except torch.OutOfMemoryError:
         log.exception("site=%s out of GPU memory", site.name)
         code, text = "out-of-memory", "the GPU has too little memory for this run"

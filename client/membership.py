@@ -20,7 +20,7 @@ from strategies.cli import one_line
 from strategies.enrolment import FederationPolicy, JoinDocument
 from strategies.errors import ConfigError, SignatureError
 from strategies.files import write_atomic
-from strategies.identity import fingerprint, load_signing_key
+from strategies.identity import fingerprint, load_signing_key, same_fingerprint
 
 JOIN_FILE, CA_FILE = "join.json", "ca.pem"
 
@@ -172,15 +172,11 @@ def _check_is_for(config: SiteConfig, document: JoinDocument, name: str) -> None
 
 
 def _check_fingerprint(document: JoinDocument, expected: str | None) -> None:
-    if expected is not None and _digits(expected) != _digits(document.fingerprint):
+    if expected is not None and not same_fingerprint(expected, document.fingerprint):
         raise ConfigError(
             f"coordinator's fingerprint={document.fingerprint}; expected {expected}",
             hint="read it out by telephone once more; if it still differs, do not use this file",
         )
-
-
-def _digits(text: str) -> str:
-    return "".join(text.split()).replace("-", "").lower()
 
 
 def _check_usable(document: JoinDocument, name: str) -> datetime:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -231,7 +232,7 @@ def _superlink(federation: Federation, options: argparse.Namespace) -> int:
     federation.certificates().require_valid()
     if needs_gateway(federation):
         path = write_nginx_configuration(federation)
-        print(f"gateway: nginx -e stderr -c {path}", file=sys.stderr)
+        print(f"gateway: nginx -e stderr -c {shlex.quote(str(path))}", file=sys.stderr)
     if options.print:
         print(described(federation, executor=options.executor))
         return 0

@@ -57,7 +57,7 @@ class Identity(Section):
     @model_validator(mode="after")
     def _two_ports(self) -> Self:
         """The gateway and flower-superlink are on one machine."""
-        if self.address.endswith(f":{self.port}") and not _is_loopback(host_of(self.address)):
+        if self.address.endswith(f":{self.port}") and not is_loopback(host_of(self.address)):
             raise ValueError(
                 f"address={self.address} has flower-superlink's own port={self.port}; expected "
                 "another, for the gateway"
@@ -160,7 +160,8 @@ def host_of(text: str) -> str:
     return host
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Say whether a host, by name or address, is this machine alone."""
     address = _ip_address(host)
     return host == "localhost" if address is None else address.is_loopback
 

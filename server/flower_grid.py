@@ -32,7 +32,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 
 from server.flower_runs import LEASE_SECONDS
-from strategies.base import GRACE_SECONDS
+from strategies.base import grace_seconds
 from strategies.errors import ProtocolError
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class RunGrid(HttpGrid):
         try:
             return super().push_messages(messages)
         finally:
-            self._deadline = time.monotonic() + ttl - GRACE_SECONDS + MARGIN_SECONDS
+            self._deadline = time.monotonic() + ttl - grace_seconds(len(messages)) + MARGIN_SECONDS
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pull replies; all of one call together have the size of one, so ask for one at a time.

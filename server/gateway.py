@@ -18,7 +18,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from server.federation import Federation
-from server.federation_file import host_of
+from server.federation_file import host_of, is_loopback
 from strategies.errors import ConfigError
 from strategies.files import write_atomic
 
@@ -202,15 +202,8 @@ def _port_of(address: str) -> int:
     return int(address.rpartition(":")[2])
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _listened(host: str, port: int) -> str:
-    if not _is_loopback(host):
+    if not is_loopback(host):
         host = "::" if ":" in host else "0.0.0.0"
     elif host == "localhost":
         host = "127.0.0.1"

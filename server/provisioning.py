@@ -18,6 +18,7 @@ from server.nodes import synchronise
 from strategies.enrolment import EnrolmentRequest, FederationPolicy, JoinDocument
 from strategies.errors import ConfigError, FederationError, SignatureError
 from strategies.files import write_atomic
+from strategies.identity import same_fingerprint
 
 REQUEST_SUFFIX, JOIN_SUFFIX = ".enroll.json", ".join.json"
 DEFAULT_NAME, DEFAULT_PORT = "federation", 8000
@@ -131,7 +132,7 @@ def admit(
             name or keys are taken; ``output`` is another file.
     """
     request = read_request(file)
-    if expected is not None and _digits(expected) != _digits(request.fingerprint):
+    if expected is not None and not same_fingerprint(expected, request.fingerprint):
         raise ConfigError(
             f"fingerprint={expected}: the request of site={request.site} has {request.fingerprint}",
             hint="read it out by telephone once more; if it still differs, do not admit this file",
@@ -231,7 +232,3 @@ def _same(one: JoinDocument, other: JoinDocument) -> bool:
     """Say whether two documents differ in their time alone."""
     time = {"created", "signature"}
     return one.model_dump(exclude=time) == other.model_dump(exclude=time)
-
-
-def _digits(text: str) -> str:
-    return "".join(text.split()).replace("-", "").lower()

@@ -22,11 +22,10 @@ from server.run_directory import RunDirectory, provenance
 from strategies.cli import one_line
 from strategies.errors import ConfigError, FederationError, StoppedError
 from strategies.identity import fingerprint
+from strategies.records import REASON_LENGTH
 from strategies.run_config import RunConfig
 
 log = logging.getLogger(__name__)
-
-REASON_LENGTH = 200
 
 
 def check_federation(federation: Federation, run: RunConfig) -> None:

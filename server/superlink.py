@@ -25,6 +25,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from server.app import CODE_VARIABLE, STATE_VARIABLE
 from server.federation import Federation
 from server.nodes import synchronise_when_up
 from strategies.errors import ConfigError, FederationError
@@ -85,9 +86,9 @@ def executor_environment(federation: Federation) -> dict[str, str]:
         **superlink_environment(federation),
         # It starts flwr-serverapp by that name alone.
         "PATH": os.pathsep.join([programs, os.environ.get("PATH", os.defpath)]),
-        "FEDERATION_STATE": str(federation.state_dir.resolve()),
+        STATE_VARIABLE: str(federation.state_dir.resolve()),
         # What is installed, for server/app.py: Flower puts the code that a run brings first.
-        "FEDERATION_CODE": str(Path(__file__).resolve().parent.parent),
+        CODE_VARIABLE: str(Path(__file__).resolve().parent.parent),
     }
 
 

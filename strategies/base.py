@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
 # Replies wait at the superlink until their turn, which may come after the deadline.
-GRACE_SECONDS = 120.0
+GRACE_SECONDS, GRACE_SECONDS_PER_SITE = 120.0, 5.0
 
 SiteKeys = Mapping[str, Ed25519PublicKey]
 
@@ -129,7 +129,8 @@ class Strategy(ABC):
             Site to node id, in name order; at least the quorum, possibly fewer than ``target``.
 
         Raises:
-            QuorumError: Fewer sites than the quorum at the deadline; the missing ones are named.
+            QuorumError: Fewer sites than the quorum at the deadline; the missing ones are named. Or
+                so many were revoked meanwhile that it cannot be met any more.
         """
         settings = self.config.strategy
         deadline = time.monotonic() + settings.wait_seconds
@@ -140,6 +141,12 @@ class Strategy(ABC):
             missing = [site for site in cohort if site not in nodes]
             if len(nodes) >= min(target, len(cohort)) and len(nodes) >= settings.min_sites:
                 break
+            if len(cohort) < settings.min_sites:
+                raise QuorumError(
+                    f"admitted sites={len(cohort)} of this run; "
+                    f"strategy.min-sites={settings.min_sites}: the others were revoked",
+                    hint="begin a new run with the sites that are left",
+                )
             if time.monotonic() >= deadline:
                 break
             if set(missing) != told:
@@ -235,7 +242,7 @@ class Strategy(ABC):
     def _messages(self, nodes: Mapping[str, int], instruction: Instruction) -> list[Message]:
         content = instruction.to_content(self._order_key)
         kind = "train" if instruction.task == "train" else "evaluate"
-        ttl = self.config.strategy.round_timeout_seconds + GRACE_SECONDS
+        ttl = self.config.strategy.round_timeout_seconds + grace_seconds(len(nodes))
         group = str(instruction.server_round)
         return [Message(content, node, kind, ttl=ttl, group_id=group) for node in nodes.values()]
 
@@ -299,6 +306,11 @@ class Strategy(ABC):
                 outcome.reason,
             )
         return replace(outcome, reply=replace(reply, update={})) if reply else outcome
+
+
+def grace_seconds(num_sites: int) -> float:
+    """Return how much longer than the round an instruction and its reply are kept."""
+    return GRACE_SECONDS + GRACE_SECONDS_PER_SITE * num_sites
 
 
 def require_quorum(settings: StrategySection, num_sites: int) -> None:

@@ -79,6 +79,15 @@ def fingerprint(key: Ed25519PublicKey) -> str:
     return "-".join(digest[start : start + 4] for start in range(0, len(digest), 4))
 
 
+def same_fingerprint(told: str, expected: str) -> bool:
+    """Compare a fingerprint as a person typed it, in any case and with any grouping."""
+    return _hex_digits(told) == _hex_digits(expected)
+
+
+def _hex_digits(text: str) -> str:
+    return "".join(text.split()).replace("-", "").lower()
+
+
 def create_signing_key(path: Path) -> Ed25519PrivateKey:
     """Make a signing key at ``path`` (mode 0600), unless there is one, and return it.
 

@@ -146,5 +146,7 @@ def test_a_folder_or_file_without_images(tmp_path, monkeypatch, source, said):
     path = tmp_path / "run"
     start(path, make_scenario(), fault=without_data)
     assert statuses(path, "B") == ["refused", "refused"]
-    assert site_line(path, 1, "B")["reason"] == "failed: DataError, see the site's log"
+    assert (
+        site_line(path, 1, "B")["reason"] == "no-data: the site's data cannot be read; see its log"
+    )
     assert statuses(path, "A") == statuses(path, "C") == ["ok", "ok"]

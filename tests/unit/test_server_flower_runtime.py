@@ -107,7 +107,7 @@ def test_a_reply_that_never_comes_whole_is_waited_for_as_long_as_a_reply(superli
     received = []
 
     def main(grid) -> None:
-        ttl = 0.5 + flower_grid.GRACE_SECONDS
+        ttl = 0.5 + flower_grid.grace_seconds(1)
         grid.push_messages([Message(RecordDict(), 7, "train", ttl=ttl)])
         received.extend(grid.pull_messages(["1" * 64]))
 

@@ -27,7 +27,7 @@ from fakes.sites import (
 )
 from medmamba import MedMamba
 from medmamba.weights import to_arrays
-from strategies.base import GRACE_SECONDS
+from strategies.base import grace_seconds
 from strategies.errors import ConfigError, FederationError, QuorumError
 from strategies.evaluation import EvaluationSums
 from strategies.fedavg import FedAvg, WeightedMean
@@ -62,7 +62,7 @@ def test_the_sites_get_exactly_the_signed_instruction():
         assert_same_bits(sent.weights, weights())
         assert message.metadata.message_type == "train"
         # It dies soon after the round: a site that comes back later must not work on it.
-        assert message.metadata.ttl == 12.0 + GRACE_SECONDS
+        assert message.metadata.ttl == 12.0 + grace_seconds(len(NODES))
 
 
 @pytest.mark.parametrize("arrival", ["ABC", "CBA", "BCA"])

@@ -255,6 +255,17 @@ def test_a_revoked_site_is_not_awaited(monkeypatch):
     assert rounds.wait_for_cohort(grid, target=3) == {"A": 11, "C": 13}
 
 
+def test_nobody_is_awaited_when_too_few_are_left_for_the_quorum(monkeypatch):
+    admitted = dict(KEYS)
+    rounds = strategy(admitted=lambda: admitted, wait_seconds=3600.0, min_sites=2)
+    del admitted["B"], admitted["C"]
+    grid = Sites()
+    listing([["A"]], monkeypatch, grid)
+    with pytest.raises(QuorumError, match="admitted sites=1 of this run") as caught:
+        rounds.wait_for_cohort(grid, target=2)
+    assert caught.value.hint == "begin a new run with the sites that are left"
+
+
 def test_a_cohort_that_meets_the_quorum_starts_at_the_deadline_and_says_who_is_missing(
     monkeypatch, caplog
 ):

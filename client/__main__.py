@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from client import data_command
 from strategies import cli
 from strategies.errors import ConfigError
 
@@ -25,6 +26,7 @@ EXAMPLES = """examples:
   python -m client check --site A              try everything that the site needs
   python -m client --site A                    connect and train when asked
   python -m client audit --site A --verify     check the tamper-evident log
+  python -m client data list                   the published data sets
 """
 
 
@@ -86,6 +88,7 @@ def parser() -> cli.Parser:
     )
     audit = _add(commands, "audit", [common], "look at the site's audit log", "--site A --verify")
     audit.add_argument("--verify", action="store_true", help="check the hash chain")
+    data_command.add_parser(commands)
     return main
 
 
@@ -104,6 +107,8 @@ def _add(
 def command(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code."""
     options = parser().parse_args(arguments)
+    if options.command == "data":
+        return data_command.command(options)
     site = getattr(options, "site", None)
     if site is None:
         raise ConfigError("--site is missing", hint="python -m client --site A")
@@ -178,6 +183,7 @@ def _run(site: str, path: Path) -> int:
     membership = read_membership(config)
     import torch
 
+    from client.data.labels import unmapped_error
     from client.data.registry import load
     from client.flower_runtime import run_node
     from client.site import Site
@@ -185,10 +191,13 @@ def _run(site: str, path: Path) -> int:
 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    runtime = Site(config, lambda: load(config.data, [site]), membership)
+    runtime = Site(config, lambda: load(config.data, [site], config.state_dir), membership)
     # What can fail is tried before anybody relies on this site: key, log, data, device, scan.
     fingerprint = runtime.key_fingerprint
     runtime.audit.verify()
+    unmapped = runtime.match_classes(config.task_classes)
+    if unmapped:
+        raise unmapped_error(unmapped, config.task_classes)
     counts = runtime.class_counts()
     print(
         f"site={site} dataset={config.run_dataset} training_examples={counts.sum()} "

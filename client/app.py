@@ -136,7 +136,7 @@ def _allowed(site: Site, instruction: Instruction, reply: Reply) -> Reply:
     run = instruction.order.run
     check_run(site.config, run)
     site.follow(instruction.order)
-    site.check_classes(run.model.num_classes)
+    site.check_classes(run)
     check_steps(site.config, run, int(site.class_counts().sum()))
     check_scan_backend(site, run)
     kept = site.results.find(instruction) if site.results else None

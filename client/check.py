@@ -7,13 +7,15 @@ they are for the hospital's own screen.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from cryptography import x509
 
@@ -23,11 +25,17 @@ from client.site_config import AUDIT_LOG, RESULTS, SiteConfig
 from strategies.cli import one_line
 from strategies.errors import ConfigError, FederationError
 
+if TYPE_CHECKING:
+    from client.data.images import FileImages
+    from client.data.manifest import ImageDataset, Manifest
+
 WARN_DAYS = 30
 # Flower refuses a node whose signed time is more than 300 s off.
 WARN_SKEW, MAX_SKEW = timedelta(seconds=60), timedelta(seconds=300)
 MIB = 2**20
 WARN_FREE, MIN_FREE = 2048 * MIB, 200 * MIB
+# The run decides; this is what most published models take.
+CACHE_IMAGE_SIZE = 224
 
 Level = Literal["ok", "warning", "FAIL"]
 
@@ -64,13 +72,14 @@ def _code(config: SiteConfig) -> Iterator[Finding]:
 
 
 def _data(config: SiteConfig) -> Iterator[Finding]:
-    from client.data.manifest import SPLITS
+    from client.data.images import FileImages
     from client.data.registry import load
 
-    manifest = load(config.data, [config.site]).manifest
+    with _warnings_of("client.data") as told:
+        dataset = load(config.data, [config.site], config.state_dir)
+    manifest = dataset.manifest
     counts = manifest.class_counts("train")
-    shown = ", ".join(f"{name}={n}" for name, n in zip(manifest.classes, counts, strict=True))
-    text = f"{config.run_dataset}: {counts.sum()} training images ({shown})"
+    text = f"{config.run_dataset}: {counts.sum()} training images ({_by_class(manifest, 'train')})"
     absent = int((counts == 0).sum())
     if absent == len(counts):
         yield Finding("FAIL", "data", f"{text}; there is nothing to train on")
@@ -78,23 +87,94 @@ def _data(config: SiteConfig) -> Iterator[Finding]:
         yield Finding("warning", "data", f"{text}; {absent} of the classes have none here")
     else:
         yield Finding("ok", "data", text)
+    # Skipped, flagged and identical images, as the readers tell them; patients have a line below.
+    for text in told:
+        if "images_without_patient" not in text:
+            yield Finding("warning", "images", text)
+    yield _splits(manifest)
+    yield _patients(manifest)
+    yield from _classes(config, dataset)
+    if isinstance(dataset.images, FileImages):
+        size = _cache_bytes(dataset.images)
+        text = f"about {size / MIB:.0f} MiB for a run with model.image-size={CACHE_IMAGE_SIZE}"
+        free = shutil.disk_usage(config.state_dir).free
+        if size > free - MIN_FREE:
+            yield Finding("warning", "cache", f"{text}; {free / MIB:.0f} MiB are free")
+        else:
+            yield Finding("ok", "cache", text)
+
+
+def _cache_bytes(images: FileImages) -> int:
+    """How much the images take, decoded for a model of the usual input size."""
+    depth = max((frame.facts.bits for frame in images.frames), default=8) // 8
+    channels = 3 if images.extent[2] else 1
+    return len(images.frames) * channels * CACHE_IMAGE_SIZE**2 * depth
+
+
+def _by_class(manifest: Manifest, split: str) -> str:
+    counts = manifest.class_counts(split)
+    return ", ".join(f"{name}={n}" for name, n in zip(manifest.classes, counts, strict=True))
+
+
+def _splits(manifest: Manifest) -> Finding:
+    from client.data.manifest import SPLITS
+
     sizes = {split: len(manifest.rows(split=split)) for split in SPLITS}
-    shown = " ".join(f"{split}={size}" for split, size in sizes.items())
+    # Those of train stand in the line above.
+    shown = " ".join(
+        f"{split}={size}" + (f" ({_by_class(manifest, split)})" if split != "train" else "")
+        for split, size in sizes.items()
+    )
     empty = [split for split in SPLITS if not sizes[split]]
-    if empty:
-        text = f"{shown}; without {' and '.join(empty)} images this site's figures are incomplete"
-        yield Finding("warning", "splits", text)
-    else:
-        yield Finding("ok", "splits", shown)
+    if not empty:
+        return Finding("ok", "splits", shown)
+    text = f"{shown}; without {' and '.join(empty)} images this site's figures are incomplete"
+    return Finding("warning", "splits", text)
+
+
+def _patients(manifest: Manifest) -> Finding:
     unknown = sum(example.patient == example.example_id for example in manifest.examples)
-    if unknown:
-        text = (
-            f"{unknown} of {len(manifest)} images name no patient and count as one each: several "
-            "images of a person may then lie in training and test"
-        )
-        yield Finding("warning", "patients", text)
+    if not unknown:
+        return Finding("ok", "patients", f"{len(manifest.patients)} in {len(manifest)} images")
+    text = (
+        f"{unknown} of {len(manifest)} images name no patient and count as one each: several "
+        "images of a person may then lie in training and test"
+    )
+    return Finding("warning", "patients", text)
+
+
+def _classes(config: SiteConfig, dataset: ImageDataset) -> Iterator[Finding]:
+    """Compare the site's class names with those that it expects of a run."""
+    from client.data.labels import describe_match, mapped_names, match, unmapped_error
+
+    names, label_map = config.task_classes, config.data.label_map
+    if not names and not label_map:
+        return
+    expected = names or mapped_names(dataset.manifest.classes, label_map)
+    found = match(dataset, expected, label_map)
+    if found.unmapped:
+        error = unmapped_error(found.unmapped, expected)
+        yield Finding("FAIL", "classes", f"{error}; {error.hint}")
+    elif found.absent or found.unknown:
+        yield Finding("warning", "classes", describe_match(found))
     else:
-        yield Finding("ok", "patients", f"{len(manifest.patients)} in {len(manifest)} images")
+        yield Finding("ok", "classes", describe_match(found))
+
+
+@contextmanager
+def _warnings_of(name: str) -> Iterator[list[str]]:
+    """Collect a logger's warnings instead of printing them."""
+    logger, told = logging.getLogger(name), list[str]()
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())
+    propagate = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield told
+    finally:
+        logger.propagate = propagate
+        logger.removeHandler(handler)
 
 
 def _device(config: SiteConfig) -> Iterator[Finding]:

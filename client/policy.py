@@ -52,6 +52,8 @@ def check_run(site: SiteConfig, run: RunConfig) -> None:
     limits = site.limits
     if run.dataset != site.run_dataset:
         _refuse("other-dataset", f"dataset={run.dataset!r} is not what this site holds")
+    if site.task_classes and run.class_names != site.task_classes:
+        _refuse("other-classes", f"classes={run.classes!r} are not the classes this site expects")
     if limits.require_privacy and run.privacy.mode == "off":
         _refuse("privacy-required", "privacy.mode=off; this site requires differential privacy")
     if limits.require_encryption and run.encryption.mode == "off":

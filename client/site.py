@@ -20,8 +20,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client.data.images import FileImages, PreparedImages
+from client.data.labels import describe_match, match, unmapped_error
 from client.data.manifest import ImageDataset
-from client.data.transforms import prepare
+from client.data.transforms import SmallImages, prepare
 from client.membership import Membership
 from client.orders import begin_round, follow
 from client.policy import check_order
@@ -32,7 +34,7 @@ from strategies.errors import ConfigError, RefusalError
 from strategies.files import make_folder, write_atomic
 from strategies.identity import fingerprint, load_signing_key
 from strategies.orders import Order
-from strategies.run_config import ModelSection
+from strategies.run_config import ModelSection, RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +47,19 @@ class Split:
     """Images and labels of one split, ready for the network.
 
     Attributes:
-        images: (n, c, s, s) float32 in [0, 1], before augmentation and normalisation.
+        images: (n, c, s, s) float32 in [0, 1], before augmentation and normalisation; or what reads
+            them from a cache, so that memory does not grow with their number.
         labels: (n,) int64.
     """
 
-    images: Tensor
+    images: Tensor | PreparedImages
     labels: Tensor
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """Return some images, (b, c, s, s) float32 in [0, 1]; rows is (b,) int64."""
+        if isinstance(self.images, PreparedImages):
+            return self.images.batch(rows.numpy())
+        return self.images[rows]
 
 
 @dataclass
@@ -68,8 +77,10 @@ class Site:
     load: Callable[[], ImageDataset]
     membership: Membership
     keep_results: bool = True
-    _shape: tuple[object, ...] = field(default=(), repr=False)
+    _shape: tuple[int, int, SmallImages] | None = field(default=None, repr=False)
     _splits: dict[str, Split] = field(default_factory=dict, repr=False)
+    _classes: tuple[str, ...] = field(default=(), repr=False)
+    _matched: ImageDataset | None = field(default=None, repr=False)
     _abort: str = field(default="", repr=False)
     _deadline: float = field(default=math.inf, repr=False)
 
@@ -173,17 +184,54 @@ class Site:
         """The site's images and labels, read once."""
         return self.load()
 
-    def check_classes(self, num_classes: int) -> None:
-        """Refuse a run whose classes are not this site's."""
-        own = len(self.dataset.manifest.classes)
-        if own != num_classes:
-            raise RefusalError(
-                "other-classes", f"model.num-classes={num_classes}; this site's data has {own}"
-            )
+    def check_classes(self, run: RunConfig) -> None:
+        """Give this site's images the run's labels; refuse a run whose classes it has not.
+
+        Raises:
+            RefusalError: Leaves the site: how many classes, and none of this site's names.
+        """
+        names, own = run.class_names, len(self.dataset.manifest.classes)
+        unmapped = self.match_classes(names)
+        if unmapped:
+            error = unmapped_error(unmapped, names)
+            log.warning("site=%s %s; %s", self.name, error, error.hint)
+            text = f"{len(unmapped)} of this site's {own} classes match none of the run's"
+        elif self.config.data.label_map and not names:
+            text = "classes=: this site maps class names and the run names none"
+        elif not names and own != run.model.num_classes:
+            text = f"model.num-classes={run.model.num_classes}; this site's data has {own}"
+        else:
+            return
+        raise RefusalError("other-classes", text)
+
+    def match_classes(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Give this site's images the labels of some classes; without names, their own.
+
+        Returns:
+            Own classes that have images and match none of the names; where there are any, the
+            labels stay as they were.
+        """
+        if names == self._classes:
+            return ()
+        self._matched = None
+        if names:
+            found = match(self.dataset, names, self.config.data.label_map)
+            if found.unmapped:
+                return found.unmapped
+            log.info("site=%s %s", self.name, describe_match(found))
+            self._matched = found.dataset
+        self._classes = names
+        self._splits.clear()
+        return ()
+
+    @property
+    def _labelled(self) -> ImageDataset:
+        """The images with the run's labels; with their own where no run has named classes."""
+        return self.dataset if self._matched is None else self._matched
 
     def class_counts(self) -> NDArray[np.int64]:
         """Return (c,) training examples of each class. Private to the site."""
-        return self.dataset.manifest.class_counts("train")
+        return self._labelled.manifest.class_counts("train")
 
     def split(self, name: str, model: ModelSection) -> Split:
         """Return a split prepared for the run's input shape; kept until another shape is asked."""
@@ -192,14 +240,13 @@ class Site:
             self._shape = shape
             self._splits.clear()
         if name not in self._splits:
-            part = self.dataset.subset(self.dataset.manifest.rows(split=name))
-            images = prepare(
-                part.images,
-                image_size=model.image_size,
-                in_channels=model.in_channels,
-                small_images=model.small_images,
+            part = self._labelled.subset(self._labelled.manifest.rows(split=name))
+            prepared = (
+                part.images.prepared(*shape)
+                if isinstance(part.images, FileImages)
+                else prepare(part.images, *shape)
             )
-            self._splits[name] = Split(images, torch.tensor(part.manifest.labels))
+            self._splits[name] = Split(prepared, torch.tensor(part.manifest.labels))
         return self._splits[name]
 
     def read_test_once(self, run_uuid: str, weights_hash: str) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from client.data.source import DataSource
+from client.data.source import PATHS, DataSource
 from strategies.cli import nearest
 from strategies.enrolment import SiteName
 from strategies.errors import ConfigError
@@ -103,8 +103,21 @@ class SiteConfig(Section):
     task: str = Field(
         default="", description="the run's `dataset` this data is for; empty: data.dataset"
     )
+    task_classes: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description="class names of the runs this site takes part in, in their label order; start "
+        "and `check` compare the data with them, and a run with others is refused; empty: any",
+    )
     data: DataSource
     limits: Limits = Limits()
+
+    @field_validator("task_classes")
+    @classmethod
+    def _names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(value) == 1 or len(set(value)) < len(value):
+            raise ValueError("expected two names or more, and none twice")
+        return value
 
     @field_validator("superlink")
     @classmethod
@@ -152,7 +165,7 @@ def read_site_config(path: Path) -> SiteConfig:
         data = config.data.model_copy(
             update={
                 name: folder / value.expanduser()
-                for name in ("data_dir", "file")
+                for name in PATHS
                 if isinstance(value := getattr(config.data, name), Path)
             }
         )

@@ -12,6 +12,7 @@ import pwd
 import sys
 from pathlib import Path
 
+from client.data.source import PATHS
 from client.site_config import SiteConfig
 from strategies.errors import ConfigError
 
@@ -99,7 +100,7 @@ def unit(config: SiteConfig, path: Path) -> str:
 
 def _folders(config: SiteConfig) -> list[Path]:
     """Return what must be mounted before the site starts."""
-    data = (config.data.data_dir, config.data.file)
+    data = (getattr(config.data, name) for name in PATHS)
     return [path.resolve() for path in (config.state_dir, *data) if path is not None]
 
 

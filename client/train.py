@@ -97,11 +97,11 @@ def train(site: Site, run: RunConfig, server_round: int, weights: Arrays) -> Tra
     order_seed = derive_seed(run.seed, "order", site.name, server_round)
     for rows in batches(num_examples, settings, seed=order_seed):
         site.check_work()
-        images = split.images[rows]  # (b, c, s, s)
+        images = split.batch(rows).to(site.device)  # (b, c, s, s)
         if settings.augment:
             images = augment_batch(images, transform)
         loss = reweighted_loss(
-            model(normalise(images).to(site.device)),
+            model(normalise(images)),
             split.labels[rows].to(site.device),
             per_class,
             expected_batch_size=expected_batch_size,
@@ -160,12 +160,12 @@ def evaluate(site: Site, run: RunConfig, weights: Arrays, split_name: str) -> Ev
     sums = EvaluationSums.zeros(run.model.num_classes)
     for start in range(0, len(split.labels), EVALUATION_BATCH):
         site.check_work()
-        images = split.images[start : start + EVALUATION_BATCH]
-        logits = model(normalise(images).to(site.device))  # (b, num_classes)
+        rows = torch.arange(start, min(start + EVALUATION_BATCH, len(split.labels)))
+        images = split.batch(rows).to(site.device)
+        logits = model(normalise(images))  # (b, num_classes)
         if not torch.isfinite(logits).all():
             raise RefusalError("output-not-finite", "the model's output is not finite")
-        labels = split.labels[start : start + EVALUATION_BATCH]
-        sums = sums + EvaluationSums.from_logits(logits.cpu().numpy(), labels.numpy())
+        sums = sums + EvaluationSums.from_logits(logits.cpu().numpy(), split.labels[rows].numpy())
     return sums
 
 

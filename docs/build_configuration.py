@@ -37,7 +37,7 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel], str], ...] = (
     ("Site: limits", "Table `[limits]` of a site's file.", Limits, "limits."),
     (
         "Data",
-        "Table `[data]` of a site's file or a scenario.",
+        "Table `[data]` of a site's file or a scenario. Relative paths are relative to that file.",
         DataSource,
         "data.",
     ),
@@ -81,7 +81,8 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, tuple):
-        return "`[" + ", ".join(f'"{item}"' for item in value) + "]`"
+        items = (f'"{item}"' if isinstance(item, str) else str(item) for item in value)
+        return f"`[{', '.join(items)}]`"
     return (
         "none"
         if value is None
@@ -110,6 +111,8 @@ def _kind(annotation: object) -> str:
         return " or ".join(_kind(part) for part in arguments if part is not type(None))
     if origin is tuple:
         return f"list of {_kind(arguments[0])}"
+    if origin is dict:
+        return f"table of {_kind(arguments[1])}"
     names = {str: "text", int: "whole number", float: "number", bool: "true, false", Path: "path"}
     return names.get(annotation, _kind(arguments[0]) if arguments else str(annotation))  # pyright: ignore
 

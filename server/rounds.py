@@ -47,7 +47,7 @@ class Settings:
         order_key: Signs every instruction.
         sites: Gives the public keys of the sites that are admitted now, by name.
         audit: The coordinator's log.
-        classes: Class names for people, in label order; empty: the labels themselves.
+        classes: Class names for people, in label order; empty: the run's, else the labels.
         simulated: Whether the sites are partitions on one machine.
         on_round: Called with each round when its record is on disk.
     """
@@ -281,7 +281,7 @@ class _Run:
         sites = {site: final_figures(part) for site, part in sums.items()}
         selected = self.best_value if math.isfinite(self.best_value) else None
         metric = self.run.strategy.selection_metric
-        classes = list(self.settings.classes) or [
+        classes = [*(self.settings.classes or self.run.class_names)] or [
             str(label) for label in range(self.run.model.num_classes)
         ]
         return {

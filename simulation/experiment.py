@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from flwr.app import Context, RecordDict
 
 from client.app import app as client_app
+from client.data.labels import mapped_names, match, unmapped_error
 from client.data.manifest import ImageDataset
 from client.data.registry import load
 from client.data.transforms import require_fit
@@ -45,7 +46,7 @@ from strategies.errors import CheckpointError, ConfigError
 from strategies.files import make_folder, write_atomic
 from strategies.identity import create_signing_key
 from strategies.orders import Order, RunManifest
-from strategies.run_config import RunConfig
+from strategies.run_config import RunConfig, join_names
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def prepare(scenario: Scenario) -> Data:
     """
     run, federation = scenario.run, scenario.federation
     _scan_backend(run)
-    dataset = load(scenario.data, site_names(federation.num_sites))
+    dataset = _with_run_classes(load(scenario.data, site_names(federation.num_sites)), scenario)
     classes = len(dataset.manifest.classes)
     if classes != run.model.num_classes:
         raise ConfigError(
@@ -88,6 +89,33 @@ def prepare(scenario: Scenario) -> Data:
     model = run.model
     require_fit(dataset.images, model.image_size, model.in_channels, model.small_images)
     return Data(dataset, partition(dataset, federation, run.seed))
+
+
+def _with_run_classes(dataset: ImageDataset, scenario: Scenario) -> ImageDataset:
+    """Return the images with the labels of the run's classes, or of their own names, mapped.
+
+    Raises:
+        ConfigError: Images are of a class that matches none of the run's.
+    """
+    own, label_map = dataset.manifest.classes, scenario.data.label_map
+    names = scenario.run.class_names or mapped_names(own, label_map)
+    if names == own and not label_map:
+        return dataset
+    found = match(dataset, names, label_map)
+    if found.unmapped:
+        raise unmapped_error(found.unmapped, names)
+    return found.dataset
+
+
+def declared(run: RunConfig, data: Data) -> RunConfig:
+    """Return the run with its class names: the dataset's, where the scenario names none.
+
+    Raises:
+        ConfigError: A name of the dataset cannot be one of a run.
+    """
+    if run.classes:
+        return run
+    return RunConfig.parse({**run.flatten(), "classes": join_names(data.dataset.manifest.classes)})
 
 
 def num_messages(scenario: Scenario) -> int:
@@ -105,7 +133,7 @@ def create(path: Path, scenario: Scenario, data: Data, run_uuid: str) -> RunDire
             "data": _identity(data),
             "federation": FEDERATION,
             "scenario": scenario.model_dump(mode="json", by_alias=True, exclude={"run"}),
-            "run_config": scenario.run.model_dump(by_alias=True),
+            "run_config": declared(scenario.run, data).model_dump(by_alias=True),
             "seed": scenario.run.seed,
             **provenance(),
             "provenance": {**_computes_with(scenario.run), "simulated": True},
@@ -185,9 +213,8 @@ def execute(
                 value,
                 before[name],
             )
-    summary = _federate(
-        directory, scenario.run, data.parts, run_uuid, fault=fault, on_reply=on_reply
-    )
+    run = declared(scenario.run, data)
+    summary = _federate(directory, run, data.parts, run_uuid, fault=fault, on_reply=on_reply)
     if "pooled" in scenario.federation.baselines:
         summary["baselines"] = {
             "pooled": _pooled_training(directory, scenario, data, run_uuid, on_reply)
@@ -319,7 +346,7 @@ def _pooled_training(
     path = directory.path / "baselines" / POOLED_SITE
     if (path / SUMMARY).exists():
         return read_json(path / SUMMARY)["pooled"]
-    run = scenario.run
+    run = declared(scenario.run, data)
     steps = sum(num_steps(run, part) for part in data.parts.values())
     pooled_run = RunConfig.parse(
         {

@@ -2,7 +2,7 @@
 
 Invariant: a scenario embeds a RunConfig under ``[run]`` and never redefines one of its keys; what
 is not about the run (data, partition, baselines) is beside it. Run and data name the same data set,
-so that a report names what was trained on; a site's own npz file stands for any.
+so that a report names what was trained on; a site's own files stand for any.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import Field, ValidationError, model_validator
 
-from client.data.source import NPZ, DataSource
+from client.data.source import CSV, DICOM, FOLDER, NPZ, PATHS, DataSource
 from strategies.cli import nearest
 from strategies.errors import ConfigError
 from strategies.run_config import (
@@ -24,11 +24,13 @@ from strategies.run_config import (
     Section,
     explain,
     flatten,
+    kebab,
     natural,
     unflatten,
 )
 
-FOLDER = Path(__file__).parent / "scenarios"
+SCENARIOS = Path(__file__).parent / "scenarios"
+LABEL_MAP = "data.label-map."
 
 
 class FederationSection(Section):
@@ -72,7 +74,7 @@ class Scenario(Section):
 
     @model_validator(mode="after")
     def _one_dataset(self) -> Scenario:
-        if self.data.dataset not in (NPZ, self.run.dataset):
+        if self.data.dataset not in (NPZ, FOLDER, CSV, DICOM, self.run.dataset):
             raise ConfigError(
                 f"run.dataset={self.run.dataset}: expected data.dataset={self.data.dataset}",
                 hint="set both, `--set dataset=X` and `--set data.dataset=X`",
@@ -90,7 +92,7 @@ _OWN_KEYS: dict[str, Any] = {
 
 def names() -> list[str]:
     """Return the shipped scenarios."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+    return sorted(path.stem for path in SCENARIOS.glob("*.toml"))
 
 
 def read_scenario(name: str, changes: Mapping[str, Scalar]) -> Scenario:
@@ -111,7 +113,7 @@ def read_scenario(name: str, changes: Mapping[str, Scalar]) -> Scenario:
             "scenario=: expected a shipped scenario or the path of a .toml file",
             hint=f"valid: {', '.join(names())}",
         )
-    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    path = Path(name) if name.endswith(".toml") else SCENARIOS / f"{name}.toml"
     try:
         values = flatten(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -122,7 +124,7 @@ def read_scenario(name: str, changes: Mapping[str, Scalar]) -> Scenario:
         raise ConfigError(f"scenario={name} cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"scenario={name} is not TOML: {error}") from error
-    for key in ("data.file", "data.data-dir"):
+    for key in (f"data.{kebab(name)}" for name in PATHS):
         if isinstance(value := values.get(key), str):
             values[key] = str(path.resolve().parent / Path(value).expanduser())
     for key, value in changes.items():
@@ -141,12 +143,21 @@ def parse_scenario(values: Mapping[str, Any]) -> Scenario:
     """
     flat = flatten(values)
     run = {key.removeprefix("run."): flat.pop(key) for key in list(flat) if key.startswith("run.")}
+    # Its keys are the source's own names, of any spelling.
+    label_map = {
+        key.removeprefix(LABEL_MAP): flat.pop(key)
+        for key in list(flat)
+        if key.startswith(LABEL_MAP)
+    }
     for key, value in flat.items():
         if key not in _OWN_KEYS and key != "description":
             raise ConfigError(f"unknown key {key}={value}", hint=_where(key))
     config = RunConfig.parse(run)
+    nested = unflatten(flat)
+    if label_map:
+        nested.setdefault("data", {})["label-map"] = label_map
     try:
-        return Scenario.model_validate({**unflatten(flat), "run": config})
+        return Scenario.model_validate({**nested, "run": config})
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
 
@@ -155,7 +166,9 @@ def _typed(key: str, value: Scalar) -> Any:
     """Give a command line's text the type of its setting; files have types of their own."""
     annotation = _OWN_KEYS.get(key)
     if get_origin(annotation) is tuple and isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
+        kind = next((kind for kind in KINDS if kind in get_args(annotation)), str)
+        parts = (part.strip() for part in value.split(",") if part.strip())
+        return tuple(natural(key, part, kind) for part in parts)
     # An optional number is a union; its members are looked at.
     kinds = (annotation, *get_args(annotation))
     return natural(key, value, next((kind for kind in KINDS if kind in kinds), str))

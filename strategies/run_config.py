@@ -11,7 +11,9 @@ or zero, as each field says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import io
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -263,6 +265,11 @@ class RunConfig(Section):
     dataset: Annotated[str, Field(min_length=1)] = Field(
         default="phantom", description="the task; each site maps it to its own data"
     )
+    classes: str = Field(
+        default="",
+        description="class names in label order, comma separated, a name with a comma in double "
+        "quotes; each site matches its own names to them; empty: only their number is compared",
+    )
     num_server_rounds: Positive = Field(default=20, description="rounds of the run")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="initial weights and training order; never privacy randomness"
@@ -272,6 +279,26 @@ class RunConfig(Section):
     strategy: StrategySection = StrategySection()
     privacy: PrivacySection = PrivacySection()
     encryption: EncryptionSection = EncryptionSection()
+
+    @field_validator("classes")
+    @classmethod
+    def _names(cls, value: str) -> str:
+        names = split_names(value)
+        # They are shown on every site's screen and in its log.
+        if not all(name and name.isprintable() for name in names):
+            raise ValueError("expected names of printable characters, none of them empty")
+        if len(set(names)) < len(names):
+            raise ValueError("expected no name twice")
+        return value
+
+    @model_validator(mode="after")
+    def _one_name_a_class(self) -> Self:
+        if self.classes and len(self.class_names) != self.model.num_classes:
+            raise ValueError(
+                f"classes={self.classes} names {len(self.class_names)} classes; "
+                f"model.num-classes={self.model.num_classes}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_norm_needs_two_examples(self) -> Self:
@@ -296,6 +323,11 @@ class RunConfig(Section):
             return cls.model_validate(unflatten(typed))
         except ValidationError as error:
             raise ConfigError(explain(error)) from None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in label order; empty when the run does not declare them."""
+        return split_names(self.classes)
 
     def flatten(self) -> dict[str, Scalar]:
         """Return dotted kebab-case keys and plain values, as Flower carries them."""
@@ -331,6 +363,35 @@ def unflatten(flat: Mapping[str, Scalar]) -> dict[str, Any]:
             table = table.setdefault(part, {})
         table[last] = value
     return nested
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Split names at commas; a name in double quotes keeps its own.
+
+    >>> split_names('malignant, "normal, benign"')
+    ('malignant', 'normal, benign')
+
+    Raises:
+        ValueError: A quote does not end, or there is more than one line.
+    """
+    try:
+        lines = list(csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"expected names separated by commas: {error}") from None
+    if len(lines) > 1:
+        raise ValueError("expected names separated by commas, in one line")
+    return tuple(name.strip() for name in lines[0]) if lines else ()
+
+
+def join_names(names: Iterable[str]) -> str:
+    """Join names with commas; the reverse of :func:`split_names`.
+
+    >>> join_names(["malignant", "normal, benign"])
+    'malignant,"normal, benign"'
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(names)
+    return text.getvalue()
 
 
 def explain(error: ValidationError, prefix: str = "") -> str:

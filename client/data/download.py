@@ -1,14 +1,17 @@
-"""Fetching a published file that is known by its MD5.
+"""Fetching a published file that is known by its MD5, or a zip archive by its checksums.
 
 Invariant: a file appears under its name only after its MD5 matched; until then it is a `.part` file
 beside it, kept after an interruption and continued by the next attempt. The MD5 guards against
 altered and broken copies, not against an attacker: nothing stronger is published for these files.
+Where not even an MD5 is published, the checksums inside the archive show that it arrived whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,13 +45,14 @@ def md5_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def download(url: str, target: Path, md5: str) -> Path:
-    """Downloads a file, continuing an earlier attempt, and puts it in place once its MD5 matches.
+def download(url: str, target: Path, md5: str | None) -> Path:
+    """Downloads a file, continuing an earlier attempt, and puts it in place once it is proven.
 
     Args:
         url: Where it is published.
         target: Where it goes; `target` + ".part" holds an unfinished download.
-        md5: Its published MD5 in hexadecimal.
+        md5: Its published MD5 in hexadecimal; None where none is published: the file is then a
+            zip archive whose own checksums are compared.
 
     Returns:
         The target.
@@ -61,7 +65,8 @@ def download(url: str, target: Path, md5: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _transfer(url, part)
-        actual = md5_of(part)
+        actual = md5_of(part) if md5 is not None else None
+        damage = None if md5 is not None else _damage(part)
     except OSError as error:  # requests' exceptions are OSErrors too
         kept = part.stat().st_size if part.exists() else 0
         raise DataError(
@@ -75,9 +80,35 @@ def download(url: str, target: Path, md5: str) -> Path:
             f"download={url} md5={actual} expected={md5}; removed",
             "run it again; if it fails again, something on the way changes the file",
         )
+    if damage is not None:
+        part.unlink()
+        raise DataError(
+            f"download={url} is no whole zip archive: {damage}; removed",
+            "run it again; if it fails again, something on the way changes the file",
+        )
     os.replace(part, target)
     sync_folder(target.parent)
     return target
+
+
+def _damage(archive: Path) -> str | None:
+    """Reads a zip archive to its end; what is wrong with it, in a few words, or None."""
+    console = Console(stderr=True)
+    hidden = not console.is_terminal or archive.stat().st_size < SLOW_HASH_BYTES
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            for info in rich.progress.track(
+                opened.infolist(),
+                f"checking {archive.name.removesuffix('.part')}",
+                console=console,
+                disable=hidden,
+            ):
+                with opened.open(info) as member:
+                    while member.read(HASH_CHUNK_BYTES):
+                        pass
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
 
 
 def _transfer(url: str, part: Path) -> None:

@@ -16,12 +16,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from strategies.errors import DataError
+
+if TYPE_CHECKING:
+    from client.data.images import FileImages
 
 SPLITS = ("train", "val", "test")
 
@@ -33,9 +36,11 @@ class Example(NamedTuple):
     """One labelled image.
 
     Attributes:
-        example_id: Unique in its manifest and stable between loads.
-        source: The file (with its checksum) or generator that the pixels come from.
-        index: Position inside the source.
+        example_id: Unique in its manifest, stable between loads, and changed by other content: it
+            is made of the content's digest (or of what a generator draws from), never of a path.
+        file: Where the pixels come from: a path relative to the data set's folder, or the name of
+            an archive or generator.
+        frame: Position inside that file.
         label: Class index, from 0.
         patient: Who it shows; the example's own id where the source does not say.
         site: The hospital it belongs to; empty where that is decided later.
@@ -43,8 +48,8 @@ class Example(NamedTuple):
     """
 
     example_id: str
-    source: str
-    index: int
+    file: str
+    frame: int
     label: int
     patient: str
     site: str
@@ -120,9 +125,13 @@ class Manifest:
         return Manifest(self.dataset, self.classes, tuple(self.examples[int(row)] for row in rows))
 
     def fingerprint(self) -> str:
-        """SHA-256 over the classes and every field of every example, whatever their order."""
+        """SHA-256 over the classes and every example, whatever their order and their files' names.
+
+        An example id stands for content, so a file that is moved or renamed changes nothing and a
+        file whose bytes change does.
+        """
         digest = hashlib.sha256(json.dumps([self.dataset, self.classes]).encode())
-        for example in sorted(self.examples):
+        for example in sorted(e._replace(file="") for e in self.examples):
             digest.update(json.dumps(example).encode())
         return digest.hexdigest()
 
@@ -147,21 +156,23 @@ class ImageDataset:
 
     Attributes:
         manifest: One row per image.
-        images: uint8, (n, h, w) grey or (n, h, w, 3) RGB; row i belongs to manifest.examples[i].
-        provenance: Which file was read; empty for generated images.
+        images: In memory, uint8, (n, h, w) grey or (n, h, w, 3) RGB; or files that are decoded when
+            they are needed. Row i belongs to manifest.examples[i].
+        provenance: Which file was read; empty for generated images and for folders.
     """
 
     manifest: Manifest
-    images: ImageArray
+    images: ImageArray | FileImages
     provenance: Provenance = field(default_factory=lambda: Provenance())
 
     def __post_init__(self) -> None:
-        shape = self.images.shape
-        if self.images.dtype != np.uint8 or not (len(shape) == 3 or shape[3:] == (3,)):
-            raise DataError(
-                f"images={self.images.dtype}{shape} expected uint8 (n, h, w) or (n, h, w, 3)",
-                "convert the images to 8-bit grey or RGB",
-            )
+        if isinstance(self.images, np.ndarray):
+            shape = self.images.shape
+            if self.images.dtype != np.uint8 or not (len(shape) == 3 or shape[3:] == (3,)):
+                raise DataError(
+                    f"images={self.images.dtype}{shape} expected uint8 (n, h, w) or (n, h, w, 3)",
+                    "convert the images to 8-bit grey or RGB",
+                )
         if len(self.images) != len(self.manifest):
             raise DataError(
                 f"images={len(self.images)} expected {len(self.manifest)}, one per manifest row",
@@ -172,7 +183,7 @@ class ImageDataset:
         return len(self.manifest)
 
     def subset(self, rows: Sequence[int] | IntArray) -> ImageDataset:
-        """A copy of some rows, in the order given."""
+        """Some rows, in the order given; images in memory are copied, files are not."""
         positions = np.asarray(rows, dtype=np.int64)
         return ImageDataset(
             self.manifest.subset(positions), self.images[positions], self.provenance

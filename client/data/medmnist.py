@@ -41,21 +41,27 @@ class DatasetInfo:
         name: MedMNIST's name, which is also the file's.
         title: What the images show.
         task: MedMNIST's word for the kind of labels.
+        modality: How the images were made.
         channels: 1 (grey) or 3 (RGB).
         classes: Class names in label order.
         examples: Number of images per split.
         licence: Licence of the images.
         md5: MD5 of the official file per image size.
+        sites: Where the images come from, as far as it is told; never per image.
+        tested: What the reader was tested on.
     """
 
     name: str
     title: str
     task: str
+    modality: str
     channels: int
     classes: tuple[str, ...]
     examples: Mapping[str, int]
     licence: str
     md5: Mapping[int, str]
+    sites: str
+    tested: str
 
     @property
     def multi_label(self) -> bool:
@@ -76,11 +82,14 @@ def medmnist_facts() -> Mapping[str, DatasetInfo]:
                 name=name,
                 title=table["title"],
                 task=table["task"],
+                modality=table["modality"],
                 channels=table["channels"],
                 classes=tuple(table["classes"]),
                 examples=table["examples"],
                 licence=table["licence"],
                 md5={int(size): md5 for size, md5 in table["md5"].items()},
+                sites=table.get("sites", "none: the files do not tell where an image is from"),
+                tested=table.get("tested", "official-layout miniature"),
             )
             for name, table in _published().items()
             if isinstance(table, dict)

@@ -67,7 +67,7 @@ def read_npz_layout(
         path: The file.
         dataset: Name of the data set, for the manifest.
         classes: Class names in label order.
-        md5: MD5 of the file; part of each example's source.
+        md5: MD5 of the file; part of each example's id.
         official: Whether that MD5 is the published one; None where nothing is published.
         channels: 1 or 3 where the data set is known to be grey or RGB.
         site: The site that all examples belong to.
@@ -89,7 +89,7 @@ def read_npz_layout(
     for split, split_images in zip(SPLITS, images, strict=True):
         labels = _labels(path, split, arrays[f"{split}_labels"], len(split_images))
         for index, label in enumerate(labels.tolist()):
-            example_id = f"{dataset}/{split}/{index:06d}"
+            example_id = f"{md5}/{split}/{index:06d}"
             examples.append(Example(example_id, source, index, label, example_id, site, split))
     if not len(images[0]):
         raise DataError(f"file={path} train_images=0 expected at least one image", _EXPORT_HINT)

@@ -99,7 +99,7 @@ def _examples(
     image_labels = [labels[owner] for owner in owners]
     splits = split_patients(patients, image_labels, SPLIT_FRACTIONS, seed)
     return [
-        Example(f"{patient}/{index:05d}", source, index, label, patient, site, split)
+        Example(f"{source}/{patient}/{index:05d}", source, index, label, patient, site, split)
         for index, (patient, label, split) in enumerate(
             zip(patients, image_labels, splits, strict=True)
         )

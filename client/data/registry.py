@@ -1,19 +1,28 @@
 """From a declared data source to images: the one place that knows every kind of data set.
 
 Invariant: `load` returns checked data or raises one error that a person can act on; it falls back
-to nothing and downloads only where the source says so.
+to nothing and downloads only where the source says so. What it keeps of a hospital's data (hashes,
+prepared images) lies in the site's state folder and nowhere else.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from client.data.build import SplitRule, build
 from client.data.download import md5_of
+from client.data.duplicates import without_duplicates
+from client.data.keyed import PUBLIC_KEY, site_data_key
 from client.data.manifest import ImageDataset
 from client.data.medmnist import (
+    CACHE_DIR,
+    DATA_DIR_VARIABLE,
+    data_directory,
     fetch,
     find_npz,
+    medmnist_facts,
     medmnist_info,
     medmnist_path,
     read_npz,
@@ -21,19 +30,24 @@ from client.data.medmnist import (
 )
 from client.data.npz import read_npz_layout, require_npz
 from client.data.phantom import phantom
-from client.data.source import NPZ, PHANTOM, DataSource
+from client.data.rows import Listing
+from client.data.source import CSV, DICOM, FOLDER, NPZ, PHANTOM, DataSource
+
+SITE_CACHE = "cache"
 
 
-def load(source: DataSource, sites: Sequence[str]) -> ImageDataset:
+def load(source: DataSource, sites: Sequence[str], state_dir: Path | None = None) -> ImageDataset:
     """Loads the images that a data source declares.
 
     Args:
         source: What to load.
         sites: Phantom: the sites to generate. Files: with one name, all examples belong to it; with
-            several, the examples belong to none yet, and a partition deals them out.
+            several, they belong to their natural site or to none, and a partition deals them out.
+        state_dir: The hospital's state folder, for its key and caches. None in a simulation, whose
+            hashes hide nothing and whose caches lie beside the published data.
 
     Returns:
-        The images with their manifest and, for files, their provenance.
+        The images with their manifest and, for single archives, their provenance.
 
     Raises:
         DataError: The data are missing, unreadable, altered, multi-label or not what was declared.
@@ -43,7 +57,81 @@ def load(source: DataSource, sites: Sequence[str]) -> ImageDataset:
     site = sites[0] if len(sites) == 1 else ""
     if source.dataset == NPZ:
         assert source.file is not None  # DataSource demands it for dataset=npz
-        return _own_file(source.file.expanduser(), source.classes, site)
+        dataset = _own_file(source.file.expanduser(), source.classes, site)
+        return without_duplicates(dataset, remove=source.dedupe)
+    if source.dataset in medmnist_facts():
+        return without_duplicates(_medmnist(source, site), remove=source.dedupe)
+    listing, options = listing_of(source)
+    return build(
+        listing,
+        key=PUBLIC_KEY if state_dir is None else site_data_key(state_dir),
+        split=SplitRule(source.split_fractions, source.seed),
+        dedupe=source.dedupe,
+        cache_dir=cache_folder(state_dir),
+        site=site,
+        max_unreadable_share=source.max_unreadable_share,
+        options=options,
+    )
+
+
+def listing_of(source: DataSource) -> tuple[Listing, object]:
+    """Lists a source of single files, without decoding any; beside it, how DICOM is decoded.
+
+    Raises:
+        DataError: The files, or the table that names them, are missing or not what was declared.
+    """
+    # Each reader is imported where it is needed: most sites need one.
+    if source.dataset == FOLDER:
+        from client.data.folder import list_folder
+
+        assert source.folder is not None  # DataSource demands what its data set needs
+        return list_folder(source.folder.expanduser(), source.classes), None
+    if source.dataset == CSV:
+        from client.data.table import list_table
+
+        assert source.file is not None
+        table = source.file.expanduser()
+        root = source.folder.expanduser() if source.folder else table.parent
+        return list_table(table, root, source.classes), None
+    if source.dataset == DICOM:
+        from client.data.dicom import DicomOptions
+        from client.data.dicom_tree import list_dicom
+
+        assert source.folder is not None
+        assert source.labels is not None
+        listing = list_dicom(
+            source.folder.expanduser(),
+            source.labels.expanduser(),
+            label_key=source.label_key,
+            frames=source.frames,
+            classes=source.classes,
+        )
+        return listing, DicomOptions(source.window)
+    from client.data import layouts
+
+    listing = layouts.read(
+        source.dataset,
+        data_directory(source.data_dir),
+        site_column=source.site_column,
+        download=source.download,
+    )
+    return listing, None
+
+
+def cache_folder(state_dir: Path | None) -> Path:
+    """Where manifests and prepared images are kept.
+
+    A simulation keeps them beside its data, where it may write there.
+    """
+    if state_dir is not None:
+        return state_dir / SITE_CACHE
+    shared = os.environ.get(DATA_DIR_VARIABLE)
+    if shared and os.access(Path(shared).expanduser(), os.W_OK):
+        return Path(shared).expanduser() / "cache"
+    return CACHE_DIR.expanduser() / "images"
+
+
+def _medmnist(source: DataSource, site: str) -> ImageDataset:
     info = medmnist_info(source.dataset)
     refuse_multi_label(info)
     size = source.stored_size

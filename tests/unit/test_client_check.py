@@ -1,5 +1,7 @@
 """``check`` tries each thing that a site needs; what is wrong is one line and exit code 1."""
 
+import logging
+import re
 import shutil
 import socket
 import stat
@@ -18,6 +20,7 @@ from client.check import CHECKS, Finding, findings
 from client.enrol import initialise, read_request
 from client.membership import join
 from client.site_config import read_site_config
+from fakes import pictures
 from fakes.coordinators import Coordinator, serving
 from strategies.code import code_sha256
 from strategies.errors import FederationError
@@ -84,7 +87,9 @@ def test_a_site_that_lacks_nothing(site, coordinator, tmp_path, capsys):
     assert [line.split()[:2] for line in lines] == [["ok", name] for name in NAMES]
     shown = dict(zip(NAMES, lines, strict=True))
     assert "70 training images (normal=22, benign=27, malignant=21)" in shown["data"]
-    assert shown["splits"].endswith("train=70 val=25 test=25")
+    assert re.search(
+        r"train=70 val=25 \(normal=\d+, benign=\d+, malignant=\d+\) test=25 \(", shown["splits"]
+    )
     assert "40 in 120 images" in shown["patients"]
     assert f"{address} reached over TLS, status=200" in shown["superlink"]
     assert "396 days" in shown["certificate"]
@@ -198,6 +203,72 @@ def test_images_without_patients_are_said(site, tmp_path):
     assert found["patients"].detail.startswith("7 of 7 images name no patient")
     # A name of a patient is nowhere.
     assert "npz/train" not in found["patients"].detail
+
+
+def own_folder(folder, more: str = "") -> str:
+    for i in range(20):
+        pictures.picture(folder / "own", f"{'no' if i % 2 else 'yes'}/{i}.png", i)
+    return f'[data]\ndataset = "folder"\nfolder = "own"\n{more}'
+
+
+def every(config, name: str) -> list[Finding]:
+    """The findings of the check of data that have a name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "CHECKS", {"data": CHECKS["data"]})
+        return [finding for finding in findings(config) if finding.name == name]
+
+
+def test_skipped_and_identical_images_are_said_once_and_not_logged(site, tmp_path, caplog):
+    data = own_folder(tmp_path)
+    shutil.copy(tmp_path / "own/no/1.png", tmp_path / "own/yes/copy.png")
+    (tmp_path / "own/no/notes.txt").touch()
+    (tmp_path / "own/no/empty.png").touch()
+    config = site(data=(PHANTOM, data + "max-unreadable-share = 0.5\n"))
+    for _ in range(2):  # the second time from the cached manifest
+        skipped, identical = every(config, "images")
+        assert skipped.level == identical.level == "warning"
+        assert "skipped: 1 x empty file, 1 x no picture by its name" in skipped.detail
+        assert "duplicate_groups=1 images=2" in identical.detail
+        assert "label_conflicts=1" in identical.detail
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    logging.getLogger("client.data").warning("as before")
+    assert "as before" in caplog.text
+
+
+def test_the_size_of_the_cache_is_said(site, tmp_path, monkeypatch):
+    config = site(data=(PHANTOM, own_folder(tmp_path)))
+    (cache,) = every(config, "cache")
+    # Twenty RGB images of 224 x 224, one byte a value: 3.01 million bytes.
+    assert (cache.level, cache.detail) == (
+        "ok",
+        "about 3 MiB for a run with model.image-size=224",
+    )
+    monkeypatch.setattr(check, "MIN_FREE", 2**62)
+    (cache,) = every(config, "cache")
+    assert cache.level == "warning"
+    assert cache.detail.endswith(" MiB are free")
+
+
+@pytest.mark.parametrize(
+    ("expected", "label_map", "level", "detail"),
+    [
+        (["yes", "no"], "", "ok", "classes=yes, no"),
+        (["ill", "no"], '"yes" = "ill"', "ok", "classes=ill, no"),
+        ([], '"yes" = "ill"', "ok", "classes=no, ill"),
+        (["no", "yes", "odd"], "", "warning", "without training images: odd"),
+        (["no", "yes"], '"x" = "no"', "warning", "in label-map and not in the data: x"),
+        (["ill", "no"], "", "FAIL", "classes not mapped: yes; the run has ill, no"),
+    ],
+)
+def test_class_names_are_compared_with_the_runs(site, tmp_path, expected, label_map, level, detail):
+    data = f"task-classes = {expected}\n{own_folder(tmp_path)}[data.label-map]\n{label_map}\n"
+    (classes,) = every(site(data=(PHANTOM, data)), "classes")
+    assert classes.level == level
+    assert detail in classes.detail
+
+
+def test_without_a_map_or_expected_classes_there_is_nothing_to_compare(site, tmp_path):
+    assert every(site(data=(PHANTOM, own_folder(tmp_path))), "classes") == []
 
 
 def test_no_gpu_where_one_is_asked_for_fails(site, monkeypatch):

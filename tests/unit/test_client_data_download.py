@@ -8,9 +8,11 @@ import pytest
 
 from client.data import medmnist
 from client.data.download import RECEIVE_CHUNK_BYTES, download, md5_of
+from fakes.miniatures import zipped
 from strategies.errors import DataError
 
 CONTENT = bytes(range(256)) * 2000
+ZIP = zipped({"a.png": bytes(range(256)) * 500, "b/c.png": bytes(range(255, -1, -1)) * 900})
 MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
 
 
@@ -23,18 +25,19 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         start = self._start()
-        if start >= len(CONTENT):
+        content = self.server.content
+        if start >= len(content):
             self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
+            self.send_header("Content-Range", f"bytes */{len(content)}")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
         self.send_response(206 if start else 200)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
-        self.send_header("Content-Length", str(len(CONTENT) - start))
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        self.wfile.write(CONTENT[start : self.server.stop_at])
+        self.wfile.write(content[start : self.server.stop_at])
 
     def _start(self) -> int:
         asked = self.headers.get("Range")
@@ -51,6 +54,7 @@ def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.knows_ranges, httpd.stop_at, httpd.ranges = True, None, []
+    httpd.content = CONTENT
     httpd.url = f"http://127.0.0.1:{httpd.server_port}/file.npz"
     thread = threading.Thread(target=httpd.serve_forever, args=(0.02,))
     thread.start()
@@ -176,3 +180,42 @@ def test_fetch_takes_the_official_file_of_the_size_from_the_record(server, tmp_p
     assert path == tmp_path / "breastmnist_64.npz"
     url = "https://zenodo.org/records/10519652/files/breastmnist_64.npz?download=1"
     assert asked == [(url, path, "742edef2a1fd1524b2efff4bd7ba9364")]
+
+
+# --- archives whose MD5 nobody published
+
+
+def test_an_archive_without_an_md5_is_proven_by_its_own_checksums(server, target):
+    server.content = ZIP
+    assert download(server.url, target, None) == target
+    assert target.read_bytes() == ZIP
+    assert not part_of(target).exists()
+
+
+def test_an_archive_that_was_cut_off_is_continued(server, target):
+    server.content, server.stop_at = ZIP, 200_000
+    with pytest.raises(DataError, match="the connection was lost"):
+        download(server.url, target, None)
+    kept = part_of(target).stat().st_size
+    server.stop_at = None
+    download(server.url, target, None)
+    assert target.read_bytes() == ZIP
+    assert server.ranges == [None, f"bytes={kept}-"]
+
+
+@pytest.mark.parametrize("where", [100, 200_000, len(ZIP) - 10])
+def test_an_archive_that_was_changed_on_the_way_is_removed(server, target, where):
+    changed = bytearray(ZIP)
+    changed[where] ^= 0xFF
+    server.content = bytes(changed)
+    with pytest.raises(DataError, match=r"is no whole zip archive: .*; removed") as error:
+        download(server.url, target, None)
+    assert "\n" not in str(error.value)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_page_that_says_sorry_is_no_archive(server, target):
+    server.content = b"<html>The file has moved.</html>"
+    with pytest.raises(DataError, match="is no whole zip archive: File is not a zip file; removed"):
+        download(server.url, target, None)
+    assert list(target.parent.iterdir()) == []

@@ -113,13 +113,13 @@ def test_fingerprint_ignores_order(order):
 @given(row=st.integers(0, 4), shift=st.integers(1, 2))
 def test_fingerprint_changes_with_any_label(row, shift):
     rows = manifest(*(example(i, i % 3) for i in range(5)))
-    changed = [e._replace(label=(e.label + shift * (e.index == row)) % 3) for e in rows.examples]
+    changed = [e._replace(label=(e.label + shift * (e.frame == row)) % 3) for e in rows.examples]
     assert manifest(*changed).fingerprint() != rows.fingerprint()
 
 
-@pytest.mark.parametrize("field", ["example_id", "source", "patient", "site", "index", "split"])
+@pytest.mark.parametrize("field", ["example_id", "patient", "site", "frame", "split"])
 def test_fingerprint_changes_with_any_field(field):
-    changed = example(0)._replace(**{field: {"index": 9, "split": "val"}.get(field, "x")})
+    changed = example(0)._replace(**{field: {"frame": 9, "split": "val"}.get(field, "x")})
     assert manifest(changed).fingerprint() != manifest(example(0)).fingerprint()
 
 
@@ -135,7 +135,7 @@ def test_images_and_rows_stay_together_in_a_subset():
     images = np.arange(3 * 4, dtype=np.uint8).reshape(3, 2, 2)
     data = ImageDataset(manifest(example(0), example(1), example(2)), images)
     part = data.subset([2, 1])
-    assert [e.index for e in part.manifest.examples] == [2, 1]
+    assert [e.frame for e in part.manifest.examples] == [2, 1]
     assert np.array_equal(part.images, images[[2, 1]])
     assert len(data.subset([])) == 0
 

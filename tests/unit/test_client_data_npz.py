@@ -48,9 +48,9 @@ def test_grey_and_rgb_with_flat_or_column_labels_are_read(tmp_path, rgb, flat_la
         rows = data.manifest.rows(split=split)
         assert np.array_equal(data.images[rows], contents[f"{split}_images"])
         assert np.array_equal(data.manifest.labels[rows], contents[f"{split}_labels"].ravel())
-        assert [data.manifest.examples[row].index for row in rows] == list(range(len(rows)))
+        assert [data.manifest.examples[row].frame for row in rows] == list(range(len(rows)))
     assert {e.site for e in data.manifest.examples} == {"A"}
-    assert {e.source for e in data.manifest.examples} == {"toy.npz:" + "0" * 32}
+    assert {e.file for e in data.manifest.examples} == {"toy.npz:" + "0" * 32}
     assert len(data.manifest.patients) == sum(COUNTS.values())
     assert data.provenance == {"file": "toy.npz", "md5": "0" * 32}
 

@@ -238,6 +238,16 @@ def test_the_same_seed_gives_the_same_sequence_and_another_seed_another():
     assert not torch.allclose(one, other)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 7, 32])
+def test_a_batch_is_augmented_as_its_images_would_be_one_by_one(channels, count):
+    images = torch.from_numpy(np.random.default_rng(count).random((count, channels, 16, 16)))
+    batch, single = augmentation(16, 3), augmentation(16, 3)
+    for _ in range(2):  # the second draws go on where the first ended
+        expected = torch.stack([single(image) for image in images.float()])
+        assert torch.equal(augment_batch(images.float(), batch), expected)
+
+
 def test_every_image_and_every_call_gets_its_own_draw():
     image = prepare(random_images(1, 16, 16), 16, 1)
     transform = augmentation(16, 0)

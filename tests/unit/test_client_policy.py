@@ -53,6 +53,16 @@ def test_a_site_that_says_nothing_demands_privacy_then_encryption():
     assert refusal(silent, RunConfig()).code == "encryption-required"
 
 
+def test_a_site_that_expects_classes_takes_part_in_runs_with_these_alone():
+    expecting = site().model_copy(update={"task_classes": ("no", "yes, surely")})
+    run = {"model.num-classes": 2, "classes": 'no,"yes, surely"'}
+    check_run(expecting, RunConfig.parse(run))
+    for classes in ("", '"yes, surely",no', "no,yes"):
+        error = refusal(expecting, RunConfig.parse({**run, "classes": classes}))
+        assert error.code == "other-classes"
+        assert str(error) == f"classes={classes!r} are not the classes this site expects"
+
+
 @pytest.mark.parametrize(
     ("limits", "run", "code", "text"),
     [

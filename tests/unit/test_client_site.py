@@ -15,7 +15,7 @@ from client.site_config import SIGNING_KEY, SiteConfig
 from fakes.orders import membership
 from strategies.errors import ConfigError, RefusalError
 from strategies.identity import create_signing_key, fingerprint
-from strategies.run_config import ModelSection
+from strategies.run_config import ModelSection, RunConfig
 
 
 def dataset() -> ImageDataset:
@@ -30,6 +30,10 @@ def dataset() -> ImageDataset:
 def make_site(state_dir, load=dataset, **values) -> Site:
     config = {"site": "A", "state-dir": str(state_dir), "data": {}, **values}
     return Site(SiteConfig.model_validate(config), load, membership("A"))
+
+
+def run_of(num_classes: int, classes: str = "") -> RunConfig:
+    return RunConfig.parse({"model.num-classes": num_classes, "classes": classes})
 
 
 def model_section(**values) -> ModelSection:
@@ -95,16 +99,6 @@ def test_images_are_read_once_and_prepared_once_per_shape(tmp_path):
 
 def test_class_counts_are_of_the_training_examples(tmp_path):
     assert make_site(tmp_path).class_counts().tolist() == [2, 1, 0]
-
-
-def test_a_run_with_other_classes_is_refused(tmp_path):
-    site = make_site(tmp_path)
-    site.check_classes(3)
-    with pytest.raises(
-        RefusalError, match=r"model\.num-classes=2; this site's data has 3"
-    ) as error:
-        site.check_classes(2)
-    assert error.value.code == "other-classes"
 
 
 def test_the_signing_key_is_the_one_in_the_state_folder(tmp_path):
@@ -201,3 +195,72 @@ def test_the_device_and_why_are_logged(monkeypatch, caplog, wanted, cuda, device
         assert choose_device(wanted).type == device
     assert f"device={device}" in caplog.text
     assert reason in caplog.text
+
+
+# --- classes
+
+
+def test_a_run_with_another_number_of_classes_is_refused(tmp_path):
+    site = make_site(tmp_path)
+    site.check_classes(run_of(3))
+    with pytest.raises(
+        RefusalError, match=r"^model\.num-classes=2; this site's data has 3$"
+    ) as error:
+        site.check_classes(run_of(2))
+    assert error.value.code == "other-classes"
+
+
+def test_images_get_the_labels_of_the_runs_class_order(tmp_path):
+    site = make_site(tmp_path)
+    own = site.split("train", model_section()).labels.tolist()
+    assert own == [0, 1, 0]
+    site.check_classes(run_of(3, "other,yes,no"))
+    assert site.split("train", model_section()).labels.tolist() == [2, 1, 2]
+    assert site.class_counts().tolist() == [0, 1, 2]
+    site.check_classes(run_of(3))  # another run, which names none
+    assert site.split("train", model_section()).labels.tolist() == own
+
+
+def test_own_names_are_mapped_and_a_class_may_be_left_out(tmp_path):
+    label_map = {"no": "healthy", "yes": ""}
+    site = make_site(tmp_path, data={"label-map": label_map})
+    site.check_classes(run_of(2, "ill,healthy"))
+    assert site.split("train", model_section()).labels.tolist() == [1, 1]
+    assert site.class_counts().tolist() == [0, 2]
+
+
+def test_a_refusal_tells_how_many_classes_match_none_and_the_log_which(tmp_path, caplog):
+    site = make_site(tmp_path, data={"label-map": {"yes": "ill", "odd": "ill"}})
+    with pytest.raises(RefusalError) as error:
+        site.check_classes(run_of(2, "ill,healthy"))
+    # The site's third class has no images and need not be mapped.
+    assert str(error.value) == "1 of this site's 3 classes match none of the run's"
+    assert error.value.code == "other-classes"
+    assert "classes not mapped: no; the run has ill, healthy" in caplog.text
+    assert '"no" = "" leaves its images out' in caplog.text
+    assert site.class_counts().tolist() == [2, 1, 0]  # as it was
+
+
+def test_what_a_match_leaves_open_is_logged_once_at_the_site(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    site = make_site(tmp_path, data={"label-map": {"odd": "ill"}})
+    for _ in range(2):
+        site.check_classes(run_of(4, "no,yes,other,ill"))
+    lines = [r.getMessage() for r in caplog.records if "classes=" in r.getMessage()]
+    assert lines == [
+        "site=A classes=no, yes, other, ill; without training images: other, ill; "
+        "in label-map and not in the data: odd"
+    ]
+
+
+def test_a_label_map_needs_a_run_that_names_its_classes(tmp_path):
+    site = make_site(tmp_path, data={"label-map": {"no": "healthy"}})
+    with pytest.raises(RefusalError, match=r"^classes=: this site maps class names"):
+        site.check_classes(run_of(3))
+
+
+def test_a_site_whose_images_are_all_left_out_has_none(tmp_path):
+    site = make_site(tmp_path, data={"label-map": {"no": "", "yes": "", "other": ""}})
+    site.check_classes(run_of(2, "a,b"))
+    assert site.class_counts().tolist() == [0, 0]
+    assert len(site.split("train", model_section()).labels) == 0

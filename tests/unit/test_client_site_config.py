@@ -42,6 +42,9 @@ def test_relative_paths_are_relative_to_the_file(write, tmp_path, monkeypatch):
     config = read_site_config(write(text + 'file = "own/a.npz"\nclasses = ["x", "y"]\n'))
     assert config.state_dir == tmp_path / "keys"
     assert config.data.file == tmp_path / "own/a.npz"
+    text = 'site = "A"\n[data]\ndataset = "dicom"\nfolder = "scans"\nlabels = "scans/labels.csv"\n'
+    data = read_site_config(write(text)).data
+    assert (data.folder, data.labels) == (tmp_path / "scans", tmp_path / "scans/labels.csv")
     text = 'site = "A"\n[data]\ndataset = "breastmnist"\ndata-dir = "../medmnist"\n'
     data_dir = read_site_config(write(text)).data.data_dir
     assert data_dir is not None
@@ -96,6 +99,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(write, text, message, h
             "num-threads = 1025\n" + MINIMAL,
             "A.toml: num-threads=1025: Input should be less than or equal to 1024",
         ),
+        ('task-classes = ["a"]\n' + MINIMAL, "task-classes=['a']: expected two names or more"),
+        ('task-classes = ["a", "a"]\n' + MINIMAL, "two names or more, and none twice"),
+        (MINIMAL + "label-map = 3\n", "A.toml: data.label-map=3: expected a table"),
+        (MINIMAL + "[data.label-map]\nx = 3\n", "A.toml: data.label-map.x=3: expected text"),
         (MINIMAL + "file = 3\n", "A.toml: data.file=3: expected a path"),
         (MINIMAL + 'classes = "a,b"\n', "A.toml: data.classes=a,b: expected a list"),
         (MINIMAL + "patients-per-site = true\n", "data.patients-per-site=True: expected a whole"),

@@ -7,7 +7,7 @@ import pytest
 
 from client.data.source import DataSource
 from simulation.run import command
-from simulation.scenario import FOLDER, Scenario, names, parse_scenario, read_scenario
+from simulation.scenario import SCENARIOS, Scenario, names, parse_scenario, read_scenario
 from strategies.errors import ConfigError, DataError
 from strategies.run_config import RunConfig, parse_assignments
 
@@ -43,7 +43,7 @@ def test_a_shipped_scenario_loads_and_says_what_it_shows(name):
 @pytest.mark.parametrize("name", names())
 def test_a_shipped_scenario_begins_with_the_command_that_runs_it(name):
     header = []
-    for line in (FOLDER / f"{name}.toml").read_text().splitlines():
+    for line in (SCENARIOS / f"{name}.toml").read_text().splitlines():
         if not line.startswith("#"):
             break
         header.append(line.removeprefix("#").strip())
@@ -109,10 +109,30 @@ def test_lists_on_the_command_line_are_separated_by_commas():
     assert read("quick", *words, "data.classes= no, yes ").data.classes == ("no", "yes")
 
 
+def test_numbers_in_a_list_on_the_command_line_are_numbers():
+    words = ("data.dataset=folder", "data.patients-per-site=40", "data.folder=d", "dataset=x")
+    changed = read("quick", *words, "data.split-fractions=0.5,0.25,0.25")
+    assert changed.data.split_fractions == (0.5, 0.25, 0.25)
+    with pytest.raises(ConfigError, match=r"^data\.split-fractions=x: expected a number$"):
+        read("quick", *words, "data.split-fractions=0.5,x,0.25")
+
+
+def test_own_class_names_are_mapped_whatever_their_spelling(write):
+    names = '[data.label-map]\n"b.1 x" = "benign"\nM = "bad"\n'
+    text = '[data]\ndataset = "folder"\nfolder = "d"\n' + names
+    scenario = read(write(text))
+    assert scenario.data.label_map == {"b.1 x": "benign", "M": "bad"}
+    changed = read(write(text), "data.label-map.M=malignant")
+    assert changed.data.label_map["M"] == "malignant"
+
+
 def test_paths_in_a_file_are_relative_to_it(write, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     text = '[data]\ndataset = "npz"\nfile = "own/a.npz"\nclasses = ["x", "y"]\n'
     assert read(write(text)).data.file == tmp_path / "own/a.npz"
+    text = '[data]\ndataset = "dicom"\nfolder = "own"\nlabels = "own.csv"\n'
+    data = read(write(text)).data
+    assert (data.folder, data.labels) == (tmp_path / "own", tmp_path / "own.csv")
     text = '[data]\ndataset = "breastmnist"\ndata-dir = "{}"\n[run]\ndataset = "breastmnist"\n'
     assert read(write(text.format("files"))).data.data_dir == tmp_path / "files"
     assert read(write(text.format("/srv"))).data.data_dir == Path("/srv")
@@ -283,8 +303,17 @@ def test_run_and_data_name_the_same_data_set(write, assignment, run, data):
     assert "`--set dataset=X` and `--set data.dataset=X`" in error.value.hint
 
 
-def test_an_npz_file_may_stand_for_any_data_set(write):
-    text = '[data]\ndataset = "npz"\nfile = "a.npz"\nclasses = ["x", "y"]\n'
+@pytest.mark.parametrize(
+    "text",
+    [
+        'dataset = "npz"\nfile = "a.npz"\nclasses = ["x", "y"]\n',
+        'dataset = "folder"\nfolder = "d"\n',
+        'dataset = "csv"\nfile = "d.csv"\n',
+        'dataset = "dicom"\nfolder = "d"\nlabels = "d.csv"\n',
+    ],
+)
+def test_own_files_may_stand_for_any_data_set(write, text):
+    text = f"[data]\n{text}"
     assert read(write(text), "dataset=breastmnist").run.dataset == "breastmnist"
 
 
@@ -307,6 +336,14 @@ def test_an_assignment_without_a_value_is_refused():
         {},
         {"federation": {"num-sites": 5, "baselines": ["pooled"]}, "run": {"seed": 9}},
         {"data": {"dataset": "npz", "file": "own.npz", "classes": ["x", "y"]}},
+        {
+            "data": {
+                "dataset": "csv",
+                "file": "d.csv",
+                "split-fractions": [0.5, 0.25, 0.25],
+                "label-map": {"a.b": "x", "c": "y"},
+            }
+        },
         {
             "data": {"dataset": "breastmnist", "data-dir": "DATA", "image-size": 64},
             "run": {"dataset": "breastmnist"},

@@ -20,6 +20,7 @@ from strategies.run_config import (
     TrainingSection,
     explain,
     flatten,
+    join_names,
     natural,
     parse_assignments,
     unflatten,
@@ -75,7 +76,7 @@ def test_an_unknown_key_is_refused_and_the_nearest_one_named(key, hint):
 
 def test_a_key_like_no_other_gets_the_whole_list():
     error = refusal({"zzzzzzzzzzzzzzzzzzzzzzz": 1})
-    assert error.hint.startswith("valid: dataset, ")
+    assert error.hint.startswith("valid: classes, dataset, ")
     for key in RunConfig().flatten():
         assert key in error.hint
 
@@ -369,3 +370,45 @@ def test_a_run_config_survives_flattening(values):
     assert flat == {**RunConfig().flatten(), **values}
     assert RunConfig.parse(flat) == run
     assert RunConfig.parse(unflatten(flat)) == run
+
+
+# --- class names
+
+
+def test_class_names_are_separated_by_commas_and_may_hold_one():
+    text = 'malignant, "normal, benign"'
+    run = RunConfig.parse({"classes": text, "model.num-classes": 2})
+    assert run.class_names == ("malignant", "normal, benign")
+    assert RunConfig().class_names == ()
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("a,b", "classes=a,b names 2 classes; model.num-classes=3"),
+        ("a,,b", "classes=a,,b: expected names of printable characters, none of them empty"),
+        ("a, ,b", "none of them empty"),
+        ("a,b\x1b[2J,c", "expected names of printable characters"),
+        ("a,b,a", "classes=a,b,a: expected no name twice"),
+        ("a,b, a", "expected no name twice"),
+        ('a,"b,c', "expected names separated by commas: "),
+        ('a,"b" d,c', "expected names separated by commas: "),
+        (3, "expected text"),
+    ],
+)
+def test_class_names_that_are_none_are_refused(classes, message):
+    assert message in str(refusal({"classes": classes, "model.num-classes": 3}))
+
+
+def test_class_names_stand_in_one_line():
+    with pytest.raises(ConfigError, match="in one line"):
+        RunConfig.parse({"classes": "a,b\nc"})
+
+
+NAME = st.text(min_size=1).map(str.strip).filter(lambda name: name and name.isprintable())
+
+
+@given(st.lists(NAME, min_size=2, max_size=6, unique=True))
+def test_class_names_survive_being_joined(names):
+    run = RunConfig.parse({"classes": join_names(names), "model.num-classes": len(names)})
+    assert run.class_names == tuple(names)

@@ -1,0 +1,295 @@
+"""A hospital's DICOM as a listing: a folder tree or a DICOMDIR, joined with a table of labels.
+
+Headers alone are read. A patient is PatientID with its issuer; where a file has none, its study
+stands for the patient, which is said. The table's own patient column comes before both.
+
+Invariant: every file found and every key of the table is either used or counted with a reason, and
+what comes out does not depend on the order in which a file system lists its files. Patients and
+UIDs stay in the listing's rows and in no reason, log or error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Generator, Sequence
+from pathlib import Path, PureWindowsPath
+from typing import Literal, NamedTuple, get_args
+
+from pydicom import dcmread, uid
+
+from client.data.dicom_file import DAMAGED_HEADER, NO_IMAGE, missing_image, quiet, read_header
+from client.data.dicom_labels import LABEL_KEYS, choose_key, read_labels
+from client.data.folder import require_folder
+from client.data.rows import Listing, Row
+from client.data.workers import in_workers, num_workers
+from strategies import cli
+from strategies.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+DICOMDIR = "DICOMDIR"
+
+CLOSED_FOLDER = "folder cannot be read"
+LOOP = "folder or file reached a second time by a link"
+OUTSIDE = "file named by the DICOMDIR is outside its folder"
+ABSENT = "file named by the DICOMDIR is not there"
+ODD_NAME = "file name is not printable UTF-8"
+SECOND_COPY = "second copy of an instance"
+NO_LABEL = "image without a label"
+NO_FILE = "label without an image"
+CRASHED = "reading the header crashed"
+
+BURNED_IN = "annotation burned into the pixels"
+SECONDARY = "secondary capture"
+NO_PATIENT = "no PatientID: the study counts as the patient"
+NO_STUDY = "neither PatientID nor study: the image counts as a patient"
+TWO_ISSUERS = "PatientID with several issuers, or with and without one: counted as several patients"
+ONE_PATIENT = "one PatientID in all studies: was it removed?"
+BROKEN_DICOMDIR = "DICOMDIR cannot be read: the folder was searched instead"
+
+# Reading this many headers takes longer than starting workers.
+MANY = 2000
+
+# They have rows and columns, and are no pictures of a patient.
+_NO_PICTURES = {
+    str(uid.SegmentationStorage): "segmentation",
+    str(uid.RTDoseStorage): "radiotherapy dose",
+    str(uid.ParametricMapStorage): "parametric map",
+}
+_SECONDARY_CAPTURES = {
+    uid.SecondaryCaptureImageStorage,
+    uid.MultiFrameSingleBitSecondaryCaptureImageStorage,
+    uid.MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
+    uid.MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
+    uid.MultiFrameTrueColorSecondaryCaptureImageStorage,
+}
+_UIDS = tuple(LABEL_KEYS.values())[:-1]
+_TAGS = (
+    *("SOPClassUID", "PatientID", "IssuerOfPatientID", *_UIDS),
+    *("Rows", "Columns", "NumberOfFrames", "BurnedInAnnotation"),
+)
+
+Frames = Literal["first", "middle", "all"]
+
+
+class _Image(NamedTuple):
+    """What a header tells of an image file."""
+
+    names: dict[str, str]
+    patient_id: str
+    issuer: str
+    num_frames: int
+    flags: tuple[str, ...]
+
+
+def list_dicom(
+    root: Path,
+    labels: Path,
+    *,
+    label_key: str | None = None,
+    frames: Frames = "middle",
+    classes: Sequence[str] = (),
+    dataset: str = "dicom",
+) -> Listing:
+    """Finds the labelled images of a folder.
+
+    Args:
+        root: Folder tree, or a folder that holds a DICOMDIR (or that file): then what it names.
+        labels: CSV `key,label[,patient,split]`.
+        label_key: One of `LABEL_KEYS`; None finds it out.
+        frames: Which images of a file of several.
+        classes: Class names in label order; empty takes the names found, sorted.
+        dataset: Name of the data set.
+
+    Returns:
+        One row per image, and the counts of what was left out or is worth a look.
+
+    Raises:
+        DataError: The folder or the table cannot be read, or their keys do not meet.
+    """
+    if frames not in get_args(Frames):
+        raise DataError(f"frames={frames} expected one of {', '.join(get_args(Frames))}")
+    if root.name.upper() == DICOMDIR and root.is_file():
+        root = root.parent
+    table = read_labels(labels, classes)
+    skipped, flagged = Counter(table.skipped), Counter[str]()
+    files = _files(root, skipped, flagged, leave_out=labels)
+    images = dict(_images(root, files, skipped))
+    key = choose_key(table, label_key, (image.names for image in images.values()))
+    rows: list[Row] = []
+    used: dict[str, _Image] = {}
+    for file, image in images.items():
+        label = table.labels.get(image.names[key])
+        if label is None:
+            skipped[NO_LABEL] += 1
+            continue
+        used[file] = image
+        patient = label.patient or _patient(image, flagged)
+        flagged.update(image.flags)
+        chosen = {"first": [0], "middle": [image.num_frames // 2]}.get(frames)
+        for frame in chosen or range(image.num_frames):
+            rows.append(Row(file, frame, label.label, patient, "", label.split))
+    skipped[NO_FILE] += len(table.labels.keys() - {image.names[key] for image in used.values()})
+    _flag_patients([*used.values()], flagged)
+    found = tuple(classes) or tuple(sorted({row.label for row in rows}))
+    logger.info("dataset=%s label-key=%s files=%d images=%d", dataset, key, len(files), len(rows))
+    return Listing(dataset, root, found, rows, "dicom", +skipped, +flagged)
+
+
+def _files(root: Path, skipped: Counter[str], flagged: Counter[str], leave_out: Path) -> list[str]:
+    """Returns paths relative to the root, with forward slashes, sorted."""
+    require_folder(root)
+    named = [
+        name
+        for name in sorted(os.listdir(root))
+        if name.upper() == DICOMDIR and (root / name).is_file()
+    ]
+    listed = _listed(root, root / named[0], skipped) if named else None
+    if named and listed is None:
+        flagged[BROKEN_DICOMDIR] += 1
+    if listed is None:
+        listed = [file for file in _walk(root, skipped) if not _same(root / file, leave_out)]
+    usable = {file for file in listed if file.isprintable()}  # bytes that are not UTF-8 are not
+    skipped[ODD_NAME] += len(set(listed) - usable)
+    return sorted(usable)
+
+
+def _walk(root: Path, skipped: Counter[str]) -> Generator[str]:
+    """Yields every file below, each once: links are followed, loops are not."""
+
+    def closed(_: OSError) -> None:
+        skipped[CLOSED_FOLDER] += 1
+
+    seen: set[tuple[int, int]] = set()
+
+    def is_new(path: str) -> bool:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return True  # a dead link or a loop of links: reading it will tell
+        identity = (status.st_dev, status.st_ino)
+        if identity in seen:
+            skipped[LOOP] += 1
+            return False
+        seen.add(identity)
+        return True
+
+    is_new(str(root))
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=closed):
+        # Real folders before links to them, so that the shorter path wins.
+        inside = sorted(
+            folders, key=lambda name: (os.path.islink(os.path.join(folder, name)), name)
+        )
+        folders[:] = [name for name in inside if is_new(os.path.join(folder, name))]
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            if name.upper() != DICOMDIR and is_new(path):
+                yield Path(path).relative_to(root).as_posix()
+
+
+def _listed(root: Path, directory: Path, skipped: Counter[str]) -> list[str] | None:
+    """Returns the files that a DICOMDIR names; None where it cannot be read."""
+    # pydicom's FileSet refuses directories with damaged offsets; the records are all that is
+    # needed. PS3.3 F.3: a file's name is a list of components below the DICOMDIR's folder.
+    with quiet():
+        try:
+            records = dcmread(directory).DirectoryRecordSequence
+            named = [record.get("ReferencedFileID") for record in records]
+            parts = [[one] if isinstance(one, str) else list(one) for one in named if one]
+        except Exception:
+            return None
+    files: list[str] = []
+    top = root.resolve()
+    for components in parts:
+        path = PureWindowsPath(*map(str, components))  # some writers join them by themselves
+        file = path.as_posix()
+        if path.is_absolute() or not (top / file).resolve().is_relative_to(top):
+            skipped[OUTSIDE] += 1
+        elif not os.path.lexists(top / file):
+            skipped[ABSENT] += 1
+        else:
+            files.append(file)
+    return files
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def _images(root: Path, files: list[str], skipped: Counter[str]) -> Generator[tuple[str, _Image]]:
+    tasks = [(str(root), file) for file in files]
+    looks: list[_Image | str] = [CRASHED] * len(files)
+    with cli.progress() as progress:
+        bar = progress.add_task("reading headers", total=len(files))
+        workers = num_workers() if len(files) >= MANY else 0
+        for position, image in in_workers(_look, tasks, crashed=CRASHED, workers=workers):
+            looks[position] = image
+            progress.advance(bar)
+    instances: set[str] = set()
+    for file, image in zip(files, looks, strict=True):
+        instance = "" if isinstance(image, str) else image.names["sop-instance-uid"]
+        if isinstance(image, str):
+            skipped[image] += 1
+        elif instance in instances:
+            skipped[SECOND_COPY] += 1
+        else:
+            instances |= {instance} - {""}
+            yield file, image
+
+
+def _look(task: tuple[str, str]) -> _Image | str:
+    """Reads what a header tells of an image; a reason where there is none. Runs in a worker."""
+    root, file = task
+    path = Path(root, file)
+    try:
+        header = read_header(path, _TAGS)
+    except DataError as error:
+        return str(error)
+    try:
+        kind = str(header.get("SOPClassUID") or "")
+        if reason := missing_image(header):
+            return reason
+        if kind in _NO_PICTURES:
+            return f"{NO_IMAGE} ({_NO_PICTURES[kind]})"
+        num_frames = int(header.get("NumberOfFrames") or 1)
+        # A frame takes a byte at least: damage shall not list a billion.
+        if not 0 < num_frames <= path.stat().st_size:
+            return DAMAGED_HEADER
+        names = {key: _text(header.get(tag)) for key, tag in zip(LABEL_KEYS, _UIDS, strict=False)}
+        flags = [SECONDARY] if kind in _SECONDARY_CAPTURES else []
+        if _text(header.get("BurnedInAnnotation")).upper() == "YES":
+            flags.append(BURNED_IN)
+        patient, issuer = (_text(header.get(tag)) for tag in ("PatientID", "IssuerOfPatientID"))
+        return _Image({**names, "file": file}, patient, issuer, num_frames, tuple(flags))
+    except Exception:  # values of any type where a damaged header has them
+        return DAMAGED_HEADER
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value).strip(" \0")
+
+
+def _patient(image: _Image, flagged: Counter[str]) -> str:
+    if image.patient_id:
+        # No value of the standard holds a backslash, so no two patients meet in one name.
+        return image.patient_id + (f"\\{image.issuer}" if image.issuer else "")
+    study = image.names["study-instance-uid"]
+    flagged[NO_PATIENT if study else NO_STUDY] += 1
+    return study
+
+
+def _flag_patients(images: list[_Image], flagged: Counter[str]) -> None:
+    """Says where the patients of the headers are doubtful; counts images."""
+    issuers: dict[str, set[str]] = {}
+    for image in images:
+        if image.patient_id:
+            issuers.setdefault(image.patient_id, set()).add(image.issuer)
+    flagged[TWO_ISSUERS] += sum(len(issuers.get(image.patient_id, ())) > 1 for image in images)
+    studies = {image.names["study-instance-uid"] for image in images}
+    if len(issuers) == 1 and len(studies) > 1 and all(image.patient_id for image in images):
+        flagged[ONE_PATIENT] += len(images)

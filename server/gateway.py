@@ -147,8 +147,8 @@ http {{
     ssl_ciphers ECDHE+AESGCM:ECDHE+CHACHA20;
     ssl_session_tickets off;
 
-    # Flower reads a whole request before it asks who sent it, so every location has its limit. Only
-    # a piece of an array is long; a list of a reply's pieces takes 70 bytes for each.
+    # Flower reads a whole request before it asks who sent it, so every path has its limit. Only a
+    # piece of an array is long; a list of a reply's pieces takes 70 bytes for each.
     # limit_conn counts a connection only once it has sent its headers: until then this is all that
     # ends one that sends nothing. An honest site's handshake and headers are a few kilobytes.
     client_header_timeout 10s;

@@ -18,12 +18,11 @@ from typing import Literal, NamedTuple, get_args
 from cryptography import x509
 
 from client.membership import read_membership
-from client.probe import Answer, ask
+from client.probe import WARN_DAYS, Answer, ask
 from client.site_config import AUDIT_LOG, RESULTS, SiteConfig
 from strategies.cli import one_line
 from strategies.errors import ConfigError, FederationError
 
-WARN_DAYS = 30
 # Flower refuses a node whose signed time is more than 300 s off.
 WARN_SKEW, MAX_SKEW = timedelta(seconds=60), timedelta(seconds=300)
 MIB = 2**20

@@ -35,7 +35,7 @@ faults: $(VENV)/installed-dev  ## inject every fault and write docs/reliability.
 	$(TEST_ENV) $(BIN)/python -m pytest tests/faults --write-reliability docs/reliability.md
 
 test-failed: $(VENV)/installed-dev  ## only what failed last time
-	$(TEST_ENV) $(BIN)/python -m pytest tests --last-failed --last-failed-no-failures none
+	$(TEST_ENV) $(BIN)/python -m pytest tests --last-failed --last-failed-no-failures none --fail-on-unlisted-skips
 
 lint: $(VENV)/installed-dev  ## format, lint, types
 	$(BIN)/ruff format --check .

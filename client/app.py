@@ -69,6 +69,7 @@ def _answer(message: Message, context: Context, kind: str) -> Message:
             # What an update gives away about one patient: without differential privacy, no limit.
             epsilon="unbounded" if reply.update else "none",
             arrays_sha256=hash_arrays(reply.update),
+            code_sha256=reply.code_sha256,
         )
         return Message(reply.to_content(site.signing_key), reply_to=message)
     except Exception as error:
@@ -102,6 +103,8 @@ def _reply(site: Site, message: Message, kind: str) -> Reply:
             server_round=instruction.server_round,
             task=instruction.task,
         )
+        if instruction.flower_run != message.metadata.run_id:
+            raise RefusalError("other-run", "the instruction was recorded in another Flower run")
         if instruction.task not in TASKS[kind]:
             raise ProtocolError(f"task={instruction.task} in a message of kind {kind}")
         site.audit.append(
@@ -110,6 +113,8 @@ def _reply(site: Site, message: Message, kind: str) -> Reply:
             server_round=instruction.server_round,
             task=instruction.task,
             message_id=message.metadata.message_id,
+            order_sha256=instruction.order.sha256,
+            weights_sha256=hash_arrays(instruction.weights),
         )
         return _allowed(site, instruction, reply)
     except RefusalError as error:
@@ -137,6 +142,7 @@ def _allowed(site: Site, instruction: Instruction, reply: Reply) -> Reply:
     check_run(site.config, run)
     site.follow(instruction.order)
     site.check_classes(run)
+    site.check_images(run.model)
     check_steps(site.config, run, int(site.class_counts().sum()))
     check_scan_backend(site, run)
     kept = site.results.find(instruction) if site.results else None

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 from cryptography import x509
 
 from client.membership import read_membership
-from client.probe import Answer, ask
+from client.probe import WARN_DAYS, Answer, ask
 from client.site_config import AUDIT_LOG, RESULTS, SiteConfig
 from strategies.cli import one_line
 from strategies.errors import ConfigError, FederationError
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from client.data.images import FileImages
     from client.data.manifest import ImageDataset, Manifest
 
-WARN_DAYS = 30
 # Flower refuses a node whose signed time is more than 300 s off.
 WARN_SKEW, MAX_SKEW = timedelta(seconds=60), timedelta(seconds=300)
 MIB = 2**20

@@ -60,6 +60,7 @@ log = logging.getLogger(__name__)
 LOCAL = "127.0.0.1"
 POLL_SECONDS = 0.2
 RETRY_SECONDS = 10.0
+RESTART_SECONDS = 30.0
 GOODBYE_SECONDS = 2.0
 WATCH_SECONDS = 10.0
 ERROR_CODE_CLIENT_APP = 2  # Flower's own code for an exception in a ClientApp
@@ -100,10 +101,15 @@ def _supervise(site: Site) -> None:
         log.info("site=%s connecting superlink=%s", site.name, site.membership.address)
         while True:
             secret = secrets.token_bytes(32)
-            write_atomic(secret_file, secret, mode=0o600)
-            with supernode(site.config, site.membership, _free_port(), secret_file) as node:
-                _serve(site, node, secret, supervisor, watch)
-            time.sleep(supervisor.ended(node))
+            try:
+                write_atomic(secret_file, secret, mode=0o600)
+                with supernode(site.config, site.membership, _free_port(), secret_file) as node:
+                    _serve(site, node, secret, supervisor, watch)
+                time.sleep(supervisor.ended(node))
+            except OSError as error:  # a full disk and the like pass by themselves
+                reason = error.strerror or type(error).__name__
+                log.error("site=%s node not started reason=%s; trying again", site.name, reason)
+                time.sleep(RESTART_SECONDS)
 
 
 def _serve(
@@ -187,7 +193,8 @@ def _execute(site: Site, port: int, token: str, watch: _RunWatch) -> None:
             client.PushTaskOutput(
                 PushTaskOutputRequest(context=state, sub_status=status, details=details)
             )
-        heartbeat.stop()
+        with suppress(RuntimeError):  # its thread has died
+            heartbeat.stop()
         client.close()
 
 

@@ -19,6 +19,9 @@ from strategies.files import write_atomic
 from strategies.identity import canonical
 from strategies.orders import Order
 
+# Far more than crashes of a coordinator in one round.
+MOST_REPEATS = 10
+
 
 class _Followed(BaseModel):
     """What a site remembers of orders.
@@ -28,6 +31,7 @@ class _Followed(BaseModel):
         issued_ms: When it was issued.
         runs: Every run's name and the hash of its settings.
         rounds: Every run's newest round that was trained here.
+        repeats: How often training of that round, or of the one before, was begun again.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -36,6 +40,7 @@ class _Followed(BaseModel):
     issued_ms: int = -1
     runs: dict[str, str] = {}
     rounds: dict[str, int] = {}
+    repeats: dict[str, int] = {}
 
 
 def follow(path: Path, order: Order, record: Callable[[], object]) -> None:
@@ -59,6 +64,9 @@ def follow(path: Path, order: Order, record: Callable[[], object]) -> None:
     settings = hashlib.sha256(canonical(manifest.run_config)).hexdigest()
     if followed.runs.get(manifest.run_uuid, settings) != settings:
         raise RefusalError("run-changed", "this run began with other settings")
+    if not path.exists():
+        # Before the log mentions an order: a site that dies in between has lost nothing.
+        _write(path, followed)
     record()
     changes = {
         "order_sha256": order.sha256,
@@ -72,18 +80,27 @@ def begin_round(path: Path, run_uuid: str, server_round: int) -> None:
     """Note that a round is trained now, unless its run has left it behind.
 
     A coordinator that is killed asks again for its last round, and for the one before where its
-    newest checkpoint is damaged. Whoever asks for older ones has recorded them.
+    newest checkpoint is damaged. Whoever asks for older ones has recorded them, and whoever asks
+    again and again wants more trainings than the run has rounds.
 
     Raises:
-        RefusalError: The run is further, or the file cannot be read.
+        RefusalError: The run is further, or the round was begun too often, or the file cannot be
+            read.
     """
     followed = _read(path)
     newest = followed.rounds.get(run_uuid, 0)
+    repeats = followed.repeats.get(run_uuid, 0) + 1 if server_round <= newest else 0
     if server_round < newest - 1:
         raise RefusalError("round-passed", f"round={server_round}: the run is at {newest} here")
-    if server_round > newest:
-        rounds = {**followed.rounds, run_uuid: server_round}
-        _write(path, followed.model_copy(update={"rounds": rounds}))
+    if repeats > MOST_REPEATS:
+        raise RefusalError(
+            "round-repeated", f"round={server_round}: begun again {MOST_REPEATS} times here"
+        )
+    changes = {
+        "rounds": {**followed.rounds, run_uuid: max(newest, server_round)},
+        "repeats": {**followed.repeats, run_uuid: repeats},
+    }
+    _write(path, followed.model_copy(update=changes))
 
 
 def forget(path: Path) -> None:

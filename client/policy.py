@@ -93,13 +93,21 @@ def check_run(site: SiteConfig, run: RunConfig) -> None:
 
 
 def check_steps(site: SiteConfig, run: RunConfig, num_examples: int) -> None:
-    """Refuse a run whose passes over this site's data take more steps than it allows.
+    """Refuse a run that takes more steps, or more passes over this site's data, than it allows.
 
     Raises:
         RefusalError: With the settings and the limit; not with the number of examples.
     """
     settings, limit = run.training, site.limits.max_local_steps
-    steps = settings.local_epochs * math.ceil(num_examples / settings.batch_size)
+    steps_per_epoch = math.ceil(num_examples / settings.batch_size)
+    if settings.local_steps > site.limits.max_local_epochs * max(steps_per_epoch, 1):
+        _refuse(
+            "too-much-work",
+            f"training.local-steps={settings.local_steps} with "
+            f"training.batch-size={settings.batch_size} makes too many passes here; limit "
+            f"{site.limits.max_local_epochs}",
+        )
+    steps = settings.local_epochs * steps_per_epoch
     if settings.local_steps == 0 and steps > limit:
         _refuse(
             "too-much-work",

@@ -15,9 +15,12 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 
+from cryptography import x509
+
 # An empty 200 of flower-superlink; a gateway may hide it.
 HEALTH_PATH = "/health"
 TIMEOUT_SECONDS = 10
+WARN_DAYS = 30
 
 # OpenSSL's X509_V_ERR_* codes, for a person at a hospital.
 REFUSALS = {
@@ -57,7 +60,10 @@ def ask(address: str, ca_path: Path, seconds: float = TIMEOUT_SECONDS) -> Answer
         seconds: Patience for each step.
     """
     host, _, port = address.rpartition(":")
-    trusted = ssl.create_default_context(cafile=ca_path)
+    try:
+        trusted = ssl.create_default_context(cafile=ca_path)
+    except OSError as error:
+        return Answer(problem=f"is not asked: {ca_path.name} is not readable ({error.strerror})")
     connection = HTTPSConnection(host.strip("[]"), int(port), timeout=seconds, context=trusted)
     expiry = None
     try:
@@ -76,6 +82,23 @@ def ask(address: str, ca_path: Path, seconds: float = TIMEOUT_SECONDS) -> Answer
         return Answer(problem=_explain(error, seconds), expiry=expiry)
     finally:
         connection.close()
+
+
+def ending_soon(address: str, ca_path: Path) -> list[str]:
+    """Return a line for each of the coordinator's certificates that ends within 30 days."""
+    try:
+        authority = x509.load_pem_x509_certificate(ca_path.read_bytes()).not_valid_after_utc
+    except (OSError, ValueError):  # no connection is made with it: that is told
+        return []
+    found = {
+        "the federation's authority": (authority, "every site has to join anew"),
+        "the coordinator's server": (ask(address, ca_path).expiry, "ask them to renew it"),
+    }
+    return [
+        f"the certificate of {whose} ends on {expiry:%Y-%m-%d}: {remedy}"
+        for whose, (expiry, remedy) in found.items()
+        if expiry is not None and expiry - datetime.now(UTC) < timedelta(days=WARN_DAYS)
+    ]
 
 
 def _expiry(tls: socket.socket) -> datetime:

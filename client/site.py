@@ -23,14 +23,14 @@ from torch import Tensor
 from client.data.images import FileImages, PreparedImages
 from client.data.labels import describe_match, match, unmapped_error
 from client.data.manifest import ImageDataset
-from client.data.transforms import SmallImages, prepare
+from client.data.transforms import SmallImages, prepare, require_fit
 from client.membership import Membership
 from client.orders import begin_round, follow
 from client.policy import check_order
 from client.results import Results
 from client.site_config import AUDIT_LOG, RESULTS, SIGNING_KEY, SiteConfig
 from strategies.audit import AuditLog
-from strategies.errors import ConfigError, RefusalError
+from strategies.errors import ConfigError, DataError, RefusalError
 from strategies.files import make_folder, write_atomic
 from strategies.identity import fingerprint, load_signing_key
 from strategies.orders import Order
@@ -228,6 +228,20 @@ class Site:
     def _labelled(self) -> ImageDataset:
         """The images with the run's labels; with their own where no run has named classes."""
         return self.dataset if self._matched is None else self._matched
+
+    def check_images(self, model: ModelSection) -> None:
+        """Refuse a run whose model cannot take this site's images."""
+        try:
+            require_fit(
+                self.dataset.images, model.image_size, model.in_channels, model.small_images
+            )
+        except DataError as error:
+            log.warning("site=%s %s; %s", self.name, error, error.hint)
+            raise RefusalError(
+                "other-images",
+                f"model.image-size={model.image_size} model.in-channels={model.in_channels} "
+                f"model.small-images={model.small_images} do not fit this site's images",
+            ) from None
 
     def class_counts(self) -> NDArray[np.int64]:
         """Return (c,) training examples of each class. Private to the site."""

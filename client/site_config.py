@@ -1,8 +1,9 @@
-"""SiteConfig: what a hospital decides for itself. Nothing of it crosses the wire.
+"""SiteConfig: what a hospital decides for itself.
 
-Invariant: limits are checks. A run that breaks one is refused with a reason and an audit entry; it
-is never rewritten to fit. Safe values are the defaults: a site that says nothing takes part in no
-run without differential privacy and encryption.
+Invariant: nothing of it crosses the wire but the limit that a refused run broke. Limits are checks:
+a run that breaks one is refused with a reason and an audit entry, never rewritten to fit. Safe
+values are the defaults: a site that says nothing takes part in no run without differential privacy
+and encryption.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from client.endings import judge
 from client.membership import Membership
-from client.probe import ask
+from client.probe import ask, ending_soon
 from client.site_config import NODE_KEY, SiteConfig
 from strategies.cli import one_line
 from strategies.errors import ConfigError, FederationError
@@ -34,6 +34,7 @@ GRACE_SECONDS = 10  # a node that is told to leave takes up to 5 s
 PATIENCE_SECONDS = 10  # before a silent coordinator is worth a line
 # A node that vanished counts as active for 60 s, and its key cannot be active twice.
 LEASE_SECONDS = 90
+LOOK_SECONDS = 86_400.0
 BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 2.0, 30.0
 TAIL_BYTES = 64 * 1024
 
@@ -144,6 +145,7 @@ class Supervisor:
         self._refused_since: float | None = None
         self._was_online = self._told = False
         self._attempt, self._last_reason = 0, ""
+        self._next_look = time.monotonic()
 
     def listen(self, node: Supernode) -> None:
         """Learn from the node's log whether it is connected.
@@ -158,6 +160,7 @@ class Supervisor:
                 self.offline()
         self._check_limit()
         self.tell()
+        self._look_at_certificates()
 
     def online(self) -> None:
         """Note that the coordinator has answered."""
@@ -191,6 +194,14 @@ class Supervisor:
             self._address,
             one_line(reason or f"answers other requests (HTTP {answer.status})", 200),
         )
+
+    def _look_at_certificates(self) -> None:
+        """Say once a day, while connected, which certificate ends soon."""
+        if self._online_since is None or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK_SECONDS
+        for line in ending_soon(self._address, self._ca_path):
+            log.warning("site=%s %s", self._site, line)
 
     def ended(self, node: Supernode) -> float:
         """Judge an end that nobody asked for.

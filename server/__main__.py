@@ -270,7 +270,7 @@ def _audit(federation: Federation, options: argparse.Namespace) -> int:
         entries, head = log.verify()
         print(f"audit log intact entries={entries} head={head}")
     else:
-        print(log.path.read_text(encoding="utf-8"), end="")
+        print(log.path.read_text(encoding="utf-8", errors="backslashreplace"), end="")
     return 0
 
 

@@ -20,7 +20,7 @@ from server.console import finish, shown_rounds
 from server.federation import Federation
 from server.flower_runtime import host_run
 from server.hosting import hosting
-from server.run_directory import RunDirectory, require_new
+from server.run_directory import CONFIG, RunDirectory, require_new
 from server.session import begin, check_federation, create_directory, noted
 from strategies.errors import ConfigError, FederationError, StoppedError
 from strategies.run_config import RunConfig, flatten, parse_assignments
@@ -66,7 +66,8 @@ def run(request: Request) -> int:
     if request.resume is not None:
         finished = RunDirectory.open(request.resume).summary()
         if finished is not None:  # only the report is missing
-            return finish(request.resume, finished)
+            with _explained(request.resume):
+                return finish(request.resume, finished)
     federation = request.federation
     with hosting(federation):
         plan = _resumed(request) if request.resume is not None else _new(request)
@@ -77,7 +78,8 @@ def run(request: Request) -> int:
         except StoppedError as stopped:
             print(f"{stopped}\nstopped; {_what_is_left(plan.path)}", file=sys.stderr)
             return stopped.exit_code
-    return finish(plan.path, summary)
+    with _explained(plan.path):
+        return finish(plan.path, summary)
 
 
 def _host(federation: Federation, plan: Plan) -> dict[str, Any]:
@@ -112,7 +114,7 @@ def _explained(path: Path) -> Generator[None]:
     except ConfigError:
         raise
     except FederationError as error:
-        if path.exists() and "--resume" not in error.hint:
+        if (path / CONFIG).exists() and "--resume" not in error.hint:
             error.hint = f"{error.hint}; " * bool(error.hint) + _what_is_left(path)
         raise
     except OSError as error:
@@ -125,7 +127,8 @@ def _explained(path: Path) -> Generator[None]:
 
 
 def _what_is_left(path: Path) -> str:
-    return f"continue with --resume {path}" if path.exists() else "nothing was begun"
+    begun = (path / CONFIG).exists()
+    return f"continue with --resume {path}" if begun else "nothing was begun"
 
 
 def _new(request: Request) -> Plan:

@@ -31,6 +31,8 @@ CONTRIBUTED, MISSED, ABSENT = "●", "○", " "
 MAX_MARKS = 60
 MAX_SITES = 20
 
+log = logging.getLogger(__name__)
+
 ShowRound = Callable[[RoundResult], None]
 
 
@@ -45,8 +47,14 @@ def shown_rounds(run: RunConfig) -> Generator[ShowRound]:
 
     def show(result: RoundResult) -> None:
         lines.extend(round_lines(run, result))
-        while lines:
-            console.print(lines.pop(0))
+        try:
+            while lines:
+                console.print(lines.pop(0))
+        except (OSError, SystemExit) as error:
+            # Who reads along may leave; Rich would end the program. The history has every line.
+            log.warning("standard output is closed (%s): rounds are not shown", error)
+            lines.clear()
+            console.quiet = True
 
     if not (console.is_terminal and sys.stderr.isatty()):
         yield show

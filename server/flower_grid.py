@@ -19,7 +19,11 @@ import httpx
 from flwr.app import Message
 from flwr.common.constant import HEARTBEAT_CALL_TIMEOUT
 from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
-from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
+from flwr.proto.runtime_pb2 import (
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+    SendTaskHeartbeatRequest,
+)
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.retry import (
@@ -43,6 +47,8 @@ MARGIN_SECONDS = 1.0
 # A reply holds weights as its instruction did, and metrics; what is far larger is none.
 REPLY_FACTOR = 2
 REPLY_SPARE_BYTES = 16 * 2**20
+PIECE_BYTES = 5 * 2**20  # Flower cuts arrays so
+SPARE_PIECES = 64  # the message, its records, and pieces that are not full
 
 
 class RunEndedError(Exception):
@@ -52,8 +58,9 @@ class RunEndedError(Exception):
 class RunGrid(HttpGrid):
     """Flower's grid; it takes of a reply no more, and waits for the whole no longer, than it may.
 
-    Flower's own fetches all that a site has announced, whatever its size, into this process's
-    memory, and waits three minutes after each piece, at most two hours, for what does not come.
+    Flower's own fetches all that a site has announced, whatever its size and however often it names
+    a piece, waits three minutes after each, at most two hours, for what does not come, and takes
+    with a reply whatever any site has addressed to flower-superlink itself.
     """
 
     _deadline = math.inf
@@ -76,17 +83,34 @@ class RunGrid(HttpGrid):
             ProtocolError: A site announces more than a reply can be.
         """
         client = self._runtime_client
-        pull = client.PullObject
+        pull_replies, pull = client.PullMessages, client.PullObject
         most = REPLY_FACTOR * self._instruction_bytes + REPLY_SPARE_BYTES
-        taken, is_over = 0, False
+        taken, pieces, is_over = 0, 0, False
         counting = threading.Lock()
 
+        def pull_wanted(request: PullAppMessagesRequest) -> PullAppMessagesResponse:
+            response = pull_replies(request)
+            wanted = set(request.message_ids)
+            found = [
+                (message, tree)
+                for message, tree in zip(
+                    response.messages_list, response.message_object_trees, strict=True
+                )
+                if message.metadata.reply_to_message_id in wanted
+            ]
+            return PullAppMessagesResponse(
+                messages_list=[message for message, _ in found],
+                message_object_trees=[tree for _, tree in found],
+            )
+
         def pull_object(request: PullObjectRequest) -> PullObjectResponse:
-            nonlocal taken, is_over
+            nonlocal taken, pieces, is_over
             response = pull(request)
             with counting:
                 taken += len(response.object_content)
-                if taken > most:
+                pieces += response.object_available
+                if taken > most or pieces > most / PIECE_BYTES + SPARE_PIECES:
+                    taken = max(taken, most + 1)
                     raise ObjectPullError(request.object_id, "the reply is too large")
             waiting = response.object_found and not response.object_available
             if waiting and time.monotonic() >= self._deadline:
@@ -95,11 +119,11 @@ class RunGrid(HttpGrid):
             return response
 
         # Per call: threads of a call that was given up count what they still fetch on its own.
-        client.PullObject = pull_object
+        client.PullMessages, client.PullObject = pull_wanted, pull_object
         try:
             messages = super().pull_messages(message_ids)
         finally:
-            client.PullObject = pull
+            client.PullMessages, client.PullObject = pull_replies, pull
         # Flower's own words for either are those for an upload that was broken off.
         if taken > most:
             raise ProtocolError(f"its reply is too large: expected at most {most} bytes")

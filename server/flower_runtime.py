@@ -61,7 +61,7 @@ GOODBYE_SECONDS = 5.0
 QUICK_LOSS_SECONDS = 60.0
 MAX_QUICK_LOSSES = 3
 PAUSE_SECONDS = 2.0  # before the next submission; twice as long after each quick loss
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_STATE = "was it started by `python -m server superlink` with the same --state-dir?"
 
 Main = Callable[[Grid, Context], None]
@@ -163,19 +163,23 @@ def host_run(*, address: str, ca_file: Path, secret_file: Path, run: RunConfig, 
 
 @contextmanager
 def _interruptible() -> Generator[None]:
-    """Have the first Ctrl-C or SIGTERM end the run in order, and the second leave at once."""
+    """Have a first Ctrl-C, SIGTERM or SIGHUP end the run in order, a second leave at once."""
 
     def leave(number: int, frame: object) -> None:
         os._exit(StoppedError.exit_code)
 
     def stop(number: int, frame: object) -> None:
-        for each in SIGNALS:
+        for each in before:
             signal.signal(each, leave)
         # Not through the log: this may interrupt a line that is being written.
         os.write(2, b"stopping: telling the sites; once more leaves at once\n")
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    before = {
+        number: signal.signal(number, stop)
+        for number in SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN  # as nohup leaves SIGHUP
+    }
     try:
         yield
     except KeyboardInterrupt:
@@ -280,7 +284,8 @@ def _superlink_errors(address: str) -> Generator[None]:
             hint=SAME_STATE,
         ) from error
     except httpx.TransportError as error:
-        if "certificate" in str(error).lower() or "ssl" in str(error).lower():
+        hangs = isinstance(error, httpx.TimeoutException)  # its text may name the TLS handshake
+        if not hangs and any(word in str(error).lower() for word in ("certificate", "ssl")):
             raise FederationError(
                 f"{address} has no certificate of this federation ({error})", hint=SAME_STATE
             ) from error

@@ -37,6 +37,9 @@ FLEET_CALLS = (
     "pull-object",
     "confirm-message-received",
 )
+# Flower cuts every array into pieces of 5 MiB, whatever the size of a model.
+PUSH_OBJECT, PIECE_LIMIT = "/v1/fleet/push-object", "8m"
+BODY_LIMIT = "64k"
 # An empty 200 whenever flower-superlink is up; `python -m client check` asks for it.
 HEALTH_PATH = "/health"
 
@@ -144,9 +147,8 @@ http {{
     ssl_ciphers ECDHE+AESGCM:ECDHE+CHACHA20;
     ssl_session_tickets off;
 
-    # Flower cuts every array into pieces of 5 MiB, whatever the size of a model. It reads a whole
-    # request before it asks who sent it.
-    client_max_body_size 8m;
+    # Flower reads a whole request before it asks who sent it, so every path has its limit. Only a
+    # piece of an array is long; a list of a reply's pieces takes 70 bytes for each.
     # limit_conn counts a connection only once it has sent its headers: until then this is all that
     # ends one that sends nothing. An honest site's handshake and headers are a few kilobytes.
     client_header_timeout 10s;
@@ -194,6 +196,7 @@ def _location(method: str, path: str, port: int) -> str:
       if ($request != "{method} {path} HTTP/1.1") {{
         return 404;
       }}
+      client_max_body_size {PIECE_LIMIT if path == PUSH_OBJECT else BODY_LIMIT};
       proxy_pass https://127.0.0.1:{port}{path};
     }}"""
 

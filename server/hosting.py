@@ -21,7 +21,7 @@ from server.federation import Federation
 from strategies.code import code_sha256
 from strategies.errors import ConfigError
 from strategies.files import held, write_atomic
-from strategies.orders import CLOCK_TOLERANCE_SECONDS, Order, RunManifest
+from strategies.orders import CLOCK_TOLERANCE_SECONDS, LONGEST_SECONDS, Order, RunManifest
 from strategies.run_config import RunConfig
 
 LOCK, LAST_ORDER, CURRENT_RUN = "run.lock", "last-order.json", "current-run.json"
@@ -69,7 +69,10 @@ def hosting(federation: Federation) -> Generator[None]:
 
 def is_hosting(federation: Federation) -> bool:
     """Say whether some process hosts a run of this federation."""
-    with (federation.state_dir / LOCK).open("w") as file:
+    path = federation.state_dir / LOCK
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
         try:  # shared: of two that ask at once, neither takes the other for a host
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -107,7 +110,7 @@ def issue_order(
         cohort=tuple(sorted(cohort)),
         code_sha256=code_sha256(),
         issued_ms=issued,
-        expires_ms=issued + round(longest_seconds(run) * 1000),
+        expires_ms=issued + round(min(longest_seconds(run), LONGEST_SECONDS) * 1000),
     )
     order = Order.issue(federation.order_key, manifest)
     federation.audit.append(

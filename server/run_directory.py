@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
+import uuid
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from strategies.errors import CheckpointError, ConfigError
-from strategies.files import append_line, held, write_atomic
+from strategies.files import append_line, held, sync_folder, write_atomic
 
 CONFIG, HISTORY, SUMMARY, LOG = "config.json", "history.jsonl", "summary.json", "log.txt"
 MODEL, REPORT, CHECKPOINTS = "model.safetensors", "report.html", "checkpoints"
@@ -41,12 +43,18 @@ class RunDirectory:
             ConfigError: The directory exists; nothing in it is touched.
         """
         require_new(path)
+        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
-            path.mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Figures of single sites lie here: for nobody else on this machine.
+            unfinished.mkdir(mode=0o700)
+            (unfinished / CHECKPOINTS).mkdir()
+            write_atomic(unfinished / CONFIG, to_json(config))
+            unfinished.rename(path)
+            sync_folder(path.parent)
         except OSError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
             raise ConfigError(f"output={path} cannot be made ({error.strerror})") from error
-        (path / CHECKPOINTS).mkdir()
-        write_atomic(path / CONFIG, to_json(config))
         return cls(path)
 
     @classmethod
@@ -189,7 +197,7 @@ def read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(document, dict):
             raise ValueError("not an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not readable", hint="name a directory that a run made"
         ) from error

@@ -17,6 +17,7 @@ from typing import Any
 
 from server.federation import Federation
 from server.hosting import issue_order, record_run
+from server.nodes import synchronise
 from server.rounds import RoundResult, Settings, check
 from server.run_directory import RunDirectory, provenance
 from strategies.cli import one_line
@@ -108,6 +109,7 @@ def begin(
         if before.get(site) != cohort.get(site):
             kind = "left" if site not in cohort else "joined" if site not in before else "new keys"
             log.info("site=%s %s since the run was first started", site, kind)
+    _check_nodes(federation)
     record_run(federation, run_uuid, directory.path)
     return Settings(
         directory=directory,
@@ -117,6 +119,18 @@ def begin(
         audit=federation.audit,
         on_round=on_round,
     )
+
+
+def _check_nodes(federation: Federation) -> None:
+    """Remove nodes that somebody else has registered, before they get weights under a site's name.
+
+    Anybody who reaches flower-superlink's control port can register one.
+    """
+    try:
+        for change in synchronise(federation):
+            log.warning("%s: its list had changed", change)
+    except FederationError as error:
+        log.warning("nodes not checked: %s", error)
 
 
 @contextmanager

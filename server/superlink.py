@@ -177,7 +177,8 @@ def supervise(
     told = threading.Event()
     handlers = {
         number: signal.signal(number, lambda *_: told.set())
-        for number in (signal.SIGTERM, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as nohup leaves SIGHUP
     }
     children: list[subprocess.Popen[bytes]] = []
     ended: list[str] = []

@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 
 from strategies.arrays import Arrays, hash_arrays, num_bytes
 from strategies.audit import AuditLog
-from strategies.checks import check_reply
+from strategies.checks import check_refusal, check_reply
 from strategies.cli import one_line
 from strategies.errors import ConfigError, FederationError, ProtocolError, QuorumError
 from strategies.evaluation import EvaluationSums
@@ -217,6 +217,7 @@ class Strategy(ABC):
         timeout = self.config.strategy.round_timeout_seconds
         cohort = self.cohort()
         nodes = {site: nodes[site] for site in cohort if site in nodes}
+        instruction = replace(instruction, flower_run=grid.run.run_id)
         messages = self._messages(nodes, instruction)
         message_ids = list(grid.push_messages(messages))
         if len(message_ids) != len(messages):
@@ -273,6 +274,7 @@ class Strategy(ABC):
                 raise ProtocolError("the signature covers another instruction")
             version, code = reply.version, reply.code_sha256
             if reply.status == "refused":
+                check_refusal(reply)
                 return Outcome(site, "refused", reply.reason, None, None, version, code)
             sums = check_reply(reply, instruction)
         except FederationError as error:

@@ -40,13 +40,29 @@ def check_reply(reply: Reply, instruction: Instruction) -> EvaluationSums:
     sums = EvaluationSums.from_metrics(prefix, reply.metrics, num_classes)
     if sums.num_examples > cap:
         raise ProtocolError(f"{prefix}-num-examples={sums.num_examples}: expected 0 to {cap}")
+    if reply.key_epoch != 0:
+        raise ProtocolError(f"key-epoch={reply.key_epoch}: expected 0, nothing is encrypted")
+    if reply.reason:
+        raise ProtocolError("reason: expected none where status is ok")
     if reply.task == "train":
         _check_update(reply.update, instruction.weights)
+    elif reply.update:
+        raise ProtocolError(f"arrays={len(reply.update)}: expected none, this is an evaluation")
     elif sums.num_examples != reply.num_examples:
         raise ProtocolError(
             f"num-examples={reply.num_examples} but {sums.num_examples} were evaluated"
         )
     return sums
+
+
+def check_refusal(reply: Reply) -> None:
+    """Check that a ``refused`` reply brings nothing but its reason.
+
+    Raises:
+        ProtocolError: It brings more.
+    """
+    if reply.update or reply.num_examples or reply.key_epoch:
+        raise ProtocolError("a refusal that brings arrays or examples: expected its reason alone")
 
 
 def _check_update(update: Arrays, weights: Arrays) -> None:

@@ -83,6 +83,12 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> No
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130
+    except PermissionError as error:
+        if debug:
+            raise
+        hint = "does it belong to another user, as after `sudo`? Give it back to this one"
+        report(ConfigError(f"{error.filename}: permission denied", hint))
+        code = ConfigError.exit_code
     except Exception as error:
         if debug:
             raise

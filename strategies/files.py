@@ -61,8 +61,18 @@ def held(lock: Path, refusal: ConfigError) -> Generator[None]:
     Args:
         lock: The file; made where it is missing.
         refusal: Raised when another process holds it.
+
+    Raises:
+        ConfigError: The file cannot be made or opened.
     """
-    with lock.open("w") as file:
+    try:
+        file = lock.open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"file {lock} cannot be opened ({error.strerror})",
+            hint="does it belong to another user, as after `sudo`? Give it back to this one",
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -25,6 +25,8 @@ from strategies.run_config import RunConfig, Scalar, explain
 # Flower's node authentication accepts clocks that differ by as much.
 CLOCK_TOLERANCE_SECONDS = 300
 
+LONGEST_SECONDS = 366 * 86_400
+
 Milliseconds = Annotated[int, Field(ge=0, lt=2**53)]  # exact in any reader of JSON
 
 
@@ -44,11 +46,11 @@ class RunManifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     version: Literal[1] = 1
-    federation: Annotated[str, Field(min_length=1)]
-    run_uuid: Annotated[str, Field(min_length=1)]
+    federation: Annotated[str, Field(min_length=1, max_length=100)]
+    run_uuid: Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
     run_config: dict[str, Scalar]
-    cohort: Annotated[tuple[SiteName, ...], Field(min_length=1)]
-    code_sha256: str
+    cohort: Annotated[tuple[SiteName, ...], Field(min_length=1, max_length=1000)]
+    code_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     issued_ms: Milliseconds
     expires_ms: Milliseconds
 
@@ -100,8 +102,8 @@ class Order:
 
         Raises:
             SignatureError: The order key did not sign these bytes.
-            RefusalError: Another federation or version, expired, from the future, or with settings
-                that are not valid here.
+            RefusalError: Another federation or version, expired, from the future, for longer than
+                a year, or with settings that are not valid here.
         """
         verify_bytes(key, text.encode(), signature)
         try:
@@ -112,6 +114,8 @@ class Order:
             raise RefusalError(
                 "other-federation", f"federation={manifest.federation!r} is not this site's"
             )
+        if manifest.expires_ms - manifest.issued_ms > LONGEST_SECONDS * 1000:
+            raise RefusalError("bad-order", "the order is for longer than a year")
         now = time.time() if now is None else now
         if manifest.expires_ms <= now * 1000:
             hours = (now - manifest.expires_ms / 1000) / 3600

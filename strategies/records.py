@@ -3,10 +3,10 @@
 Invariant: a coordinator learns from a site nothing that is not declared here. Numbers travel as
 Flower records: arrays as one blob in an ``ArrayRecord``, sums and seconds as ``MetricRecord``
 (declared keys only), the rest as ``ConfigRecord``. An instruction carries its order and the order
-key's signature over (schema, order, round, task, hash of the arrays). Every reply, a refusal too,
-carries the site's signature over (schema, federation, run_uuid, round, message id, key epoch, site,
-code, status, reason, num_examples, hash of the arrays, metrics). Flower itself lets one site answer
-in another's name, and anybody who reaches its control port give instructions.
+key's signature over (schema, order, Flower run, round, task, hash of the arrays). Every reply, a
+refusal too, carries the site's signature over (schema, federation, run_uuid, round, message id, key
+epoch, site, code, status, reason, num_examples, hash of the arrays, metrics). Flower itself lets
+one site answer in another's name, and anybody who reaches its control port give instructions.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from strategies.identity import sign, verify
 from strategies.orders import Order
 from strategies.run_config import SCAN_BACKENDS
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 METRICS, ENVELOPE = "metrics", "envelope"
 CODE_HASH = r"[0-9a-f]{64}"
+FLOWER_RUN = r"[0-9]{1,20}"  # 64 bits without a sign, which Flower's records cannot hold
 VERSION = r"[0-9A-Za-z.+!_-]{1,64}"  # PEP 440; it is shown to people
 REASON_LENGTH = 200  # of a refusal, as a site sends it and the coordinator keeps it
 TEXT_LENGTH = 200  # of any text that a site sends
@@ -66,12 +67,14 @@ class Instruction:
         server_round: The round to train, from 1; for an evaluation the round whose result the
             weights are, 0 being the initial ones.
         weights: The global weights, by parameter name.
+        flower_run: Flower's id of the run that carries it: in another one it is a recording.
     """
 
     order: Order
     server_round: int
     task: Task
     weights: Arrays
+    flower_run: int = 0
 
     @property
     def federation(self) -> str:
@@ -90,6 +93,7 @@ class Instruction:
             "schema-version": SCHEMA_VERSION,
             "order": self.order.text,
             "order-signature": self.order.signature,
+            "flower-run": str(self.flower_run),
             "server-round": self.server_round,
             "task": self.task,
             "signature": sign(key, _instruction_document(self, hash_blob(data))),
@@ -117,6 +121,7 @@ class Instruction:
             {
                 "order": str,
                 "order-signature": bytes,
+                "flower-run": str,
                 "server-round": int,
                 "task": str,
                 "signature": bytes,
@@ -130,8 +135,11 @@ class Instruction:
         if task not in ("train", "val", "test"):
             raise ProtocolError(f"task={task!r}: expected train, val or test")
         order = Order.verify(str(values["order"]), order_signature, key, federation=federation)
+        flower_run = str(values["flower-run"])
+        if not re.fullmatch(FLOWER_RUN, flower_run):
+            raise ProtocolError(f"flower-run={flower_run[:20]!r}: expected a number")
         data = from_record(content)
-        unread = cls(order, server_round, task, {})
+        unread = cls(order, server_round, task, {}, int(flower_run))
         verify(key, _instruction_document(unread, hash_blob(data)), signature)
         last = order.run.num_server_rounds
         if not (1 if task == "train" else 0) <= server_round <= last:
@@ -301,6 +309,7 @@ def _instruction_document(instruction: Instruction, arrays_sha256: str) -> dict[
     return {
         "schema-version": SCHEMA_VERSION,
         "order-sha256": instruction.order.sha256,
+        "flower-run": str(instruction.flower_run),
         "server-round": instruction.server_round,
         "task": instruction.task,
         "arrays-sha256": arrays_sha256,

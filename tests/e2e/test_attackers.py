@@ -59,6 +59,8 @@ SITES = ("A", "B", "C", "D")
 MEGABYTE = 1_000_000
 UNAUTHORIZED = 401
 
+Signed = Callable[[int], RecordDict]  # given Flower's id of the run
+
 
 # --- what a hostile site does with an instruction to train
 
@@ -82,11 +84,11 @@ def forges(other: str, **changes: str) -> Misdeed:
     """Answer another site's instruction before that does, as its node."""
 
     def misdeed(site: HostileSite, asked: Asked) -> None:
-        message_id = site.message_to(other, asked)
-        node_id = site.federation.nodes()[other].node_id
-        content = site.content(asked, message_id=message_id, **changes)
         site.federation.freeze(other)  # it is as slow as it has to be
         try:
+            message_id = site.message_to(other, asked)
+            node_id = site.federation.nodes()[other].node_id
+            content = site.content(asked, message_id=message_id, **changes)
             _sent(site.send(asked, content, as_node=node_id, answers=message_id))
         finally:
             site.federation.thaw(other)
@@ -199,6 +201,18 @@ def instructs(other: str, content: Callable[[Asked], RecordDict]) -> Misdeed:
     return misdeed
 
 
+def addresses_the_superlink(upload: bool) -> Misdeed:
+    """Send a message to flower-superlink itself, which hands it out with somebody's reply."""
+
+    def misdeed(site: HostileSite, asked: Asked) -> None:
+        message = site.to_superlink(RecordDict({"x": ConfigRecord({"y": 1})}), asked)
+        pieces = (lambda _, content: b"garbage" + content) if upload else (lambda *_: None)
+        site.push(message, upload=pieces)
+        honest(site, asked)
+
+    return misdeed
+
+
 def with_other_weights(asked: Asked) -> RecordDict:
     content = asked.message.content
     weights = {name: value + 1 for name, value in asked.instruction.weights.items()}
@@ -253,6 +267,8 @@ CASES = {
     (11, "D"): Case(instructs("B", lambda asked: asked.message.content), "D", "ok", ""),
     (12, "A"): Case(long_reason(100 * MEGABYTE), "A", "dropped", "its reply is too large"),
     (12, "D"): Case(long_error(100 * MEGABYTE), "D", "dropped", "its reply is too large"),
+    (13, "A"): Case(addresses_the_superlink(upload=True), "A", "ok", ""),
+    (13, "D"): Case(addresses_the_superlink(upload=False), "D", "ok", ""),
 }
 LAST = max(server_round for server_round, _ in CASES)
 
@@ -262,7 +278,9 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     federation = Federation(tmp_path_factory.mktemp("federation"), SITES)
     try:
         federation.enrol()
-        federation.edit("B", "[limits]\n", "[limits]\nmax-round-seconds = 10\n")
+        federation.edit(
+            "B", "[limits]\n", "[limits]\nmax-round-seconds = 10\nmax-local-epochs = 100000\n"
+        )
         federation.start_superlink()
         federation.start_sites("B", "C")
         yield federation
@@ -412,7 +430,7 @@ def test_without_the_secret_nobody_hosts_a_run(federation: Federation, attacked:
 
 
 def serve_as_app(
-    federation: Federation, contents: Mapping[str, tuple[str, RecordDict]]
+    federation: Federation, contents: Mapping[str, tuple[str, RecordDict | Signed]]
 ) -> dict[str, Reply]:
     """Be a ServerApp of one's own: send contents in order; returns the signed answers.
 
@@ -420,7 +438,8 @@ def serve_as_app(
 
     Args:
         federation: Whose superlink it is.
-        contents: By case, the site and what it is sent as an instruction to train.
+        contents: By case, the site and what it is sent as an instruction to train; what has to be
+            signed for the Flower run is made with its id.
     """
     coordinator = federation.coordinator()
     keys = coordinator.admitted()
@@ -429,7 +448,13 @@ def serve_as_app(
     def main(grid: Grid, context: object) -> None:
         nodes = {node.name: node.node_id for node in grid.get_nodes()}
         messages = [
-            Message(content, nodes[site], "train", ttl=240.0, group_id="1")
+            Message(
+                content if isinstance(content, RecordDict) else content(grid.run.run_id),
+                nodes[site],
+                "train",
+                ttl=240.0,
+                group_id="1",
+            )
             for site, content in contents.values()
         ]
         waiting = dict(zip(grid.push_messages(messages), contents, strict=True))
@@ -466,7 +491,7 @@ class Orders:
         self.recorded, self.key = recorded, key
         self.issued_ms = time.time_ns() // 1_000_000
 
-    def content(self, settings: Mapping[str, Any] | None = None, **changes: Any) -> RecordDict:
+    def content(self, settings: Mapping[str, Any] | None = None, **changes: Any) -> Signed:
         """An instruction to train round 1 of an order with other settings or other fields."""
         self.issued_ms += 1
         before = self.recorded.order.manifest
@@ -483,7 +508,12 @@ class Orders:
         document = manifest.model_dump(mode="json")
         text, signature = canonical(document).decode(), sign(self.key, document)
         order = Order(manifest, self.recorded.order.run, text, signature)
-        return replace(self.recorded, order=order).to_content(self.key)
+        return signed_for_the_run(replace(self.recorded, order=order), self.key)
+
+
+def signed_for_the_run(instruction: Instruction, key: Ed25519PrivateKey) -> Signed:
+    """An instruction as the coordinator would sign it for a Flower run."""
+    return lambda run_id: replace(instruction, flower_run=run_id).to_content(key)
 
 
 def recorded_with(content: RecordDict, **changes: Any) -> RecordDict:
@@ -495,6 +525,7 @@ def recorded_with(content: RecordDict, **changes: Any) -> RecordDict:
 
 
 FORGED = "bad-instruction: signature does not match the signed content"
+RECORDED = "other-run: the instruction was recorded in another Flower run"
 # By case, what the site answers. B is a hospital like any other, with max-round-seconds = 10; D
 # requires differential privacy.
 STRANGER = {
@@ -503,7 +534,8 @@ STRANGER = {
     "a genuine order, other weights": FORGED,
     "a genuine order, another round": FORGED,
     "a genuine order, its own instruction": FORGED,
-    "an old instruction, recorded": f"round-passed: round=1: the run is at {LAST} here",
+    "the newest instruction, recorded": RECORDED,
+    "an old instruction, recorded": RECORDED,
 }
 COORDINATOR = {
     "a path to read": "bad-order: unknown key data.file=/etc/shadow",
@@ -517,11 +549,14 @@ COORDINATOR = {
     "an order that has ended": "order-expired: ",
     "an order of tomorrow": "order-from-the-future: ",
     "another federation's": "other-federation: ",
+    "an order of years": "bad-order: the order is for longer than a year",
 }
+# The first is asked before any of the orders above is followed, the second after.
+OLD_ROUND = {"a round that is over": f"round-passed: round=1: the run is at {LAST} here"}
 OLD_ORDER = {
     "an order that another has replaced": "order-superseded: this site follows a newer order"
 }
-ALL = {**STRANGER, **COORDINATOR, **OLD_ORDER}
+ALL = {**STRANGER, **OLD_ROUND, **COORDINATOR, **OLD_ORDER}
 
 
 @pytest.fixture(scope="module")
@@ -533,20 +568,22 @@ def answers(federation: Federation, attacked: Attacked) -> dict[str, Reply]:
     federation.wait_for("D", "connected")
     heard = attacked.sites["A"].heard
     stranger, recorded = Ed25519PrivateKey.generate(), unverified(heard[LAST])
+    order_key = federation.coordinator().order_key
     own = Orders(recorded, stranger).content()
-    contents = {
+    theirs = own(0).config_records["envelope"]["signature"]
+    contents: dict[str, RecordDict | Signed] = {
         "unsigned": RecordDict({"arrays": heard[LAST].array_records["arrays"]}),
         "signed by its own key": own,
         "a genuine order, other weights": recorded_with(
             heard[LAST], arrays=heard[1].array_records["arrays"]
         ),
         "a genuine order, another round": recorded_with(heard[LAST], server_round=1),
-        "a genuine order, its own instruction": recorded_with(
-            heard[LAST], signature=own.config_records["envelope"]["signature"]
-        ),
+        "a genuine order, its own instruction": recorded_with(heard[LAST], signature=theirs),
+        "the newest instruction, recorded": heard[LAST],
         "an old instruction, recorded": heard[1],
+        "a round that is over": signed_for_the_run(unverified(heard[1]), order_key),
     }
-    orders, day = Orders(recorded, federation.coordinator().order_key), 86_400_000
+    orders, day = Orders(recorded, order_key), 86_400_000
     contents |= {
         "a path to read": orders.content({"data.file": "/etc/shadow"}),
         "a path as data set": orders.content({"dataset": "/etc/shadow"}),
@@ -561,7 +598,8 @@ def answers(federation: Federation, attacked: Attacked) -> dict[str, Reply]:
             issued_ms=orders.issued_ms + day, expires_ms=orders.issued_ms + 2 * day
         ),
         "another federation's": orders.content(federation="other-0000"),
-        "an order that another has replaced": heard[LAST],
+        "an order of years": orders.content(expires_ms=orders.issued_ms + 400 * day),
+        "an order that another has replaced": signed_for_the_run(recorded, order_key),
     }
     return serve_as_app(
         federation,

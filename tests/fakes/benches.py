@@ -17,7 +17,7 @@ from client.site_config import SIGNING_KEY, SiteConfig
 from fakes.orders import ORDER_KEY, membership, order
 from medmamba.model import MedMamba
 from medmamba.weights import to_arrays
-from simulation.grid import LocalGrid
+from simulation.grid import RUN_ID, LocalGrid
 from strategies.arrays import Arrays
 from strategies.identity import create_signing_key
 from strategies.orders import Order
@@ -66,7 +66,7 @@ def initial() -> Arrays:
 def instruction(
     weights: Arrays, task: Any = "train", server_round: int = 1, order: Order = ORDER
 ) -> Instruction:
-    return Instruction(order, server_round, task, weights)
+    return Instruction(order, server_round, task, weights, RUN_ID)
 
 
 class Bench:
@@ -84,6 +84,7 @@ class Bench:
             "require-privacy": False,
             "require-encryption": False,
             "allowed-sizes": ["custom"],
+            "max-local-epochs": 10_000,
             **{name.replace("_", "-"): value for name, value in limits.items()},
         }
         self.start()

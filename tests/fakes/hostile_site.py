@@ -219,11 +219,17 @@ class HostileSite:
 
     def instruct(self, node_id: int, content: RecordDict, asked: Asked) -> bool:
         """Push an instruction to another node, as if it were the superlink."""
+        message = self.to_superlink(content, asked)
+        message.metadata.__dict__["_dst_node_id"] = node_id
+        return self.push(message)
+
+    def to_superlink(self, content: RecordDict, asked: Asked) -> Message:
+        """Make a message that flower-superlink seems to send to itself."""
         message = Message(content, reply_to=asked.message)
         metadata = message.metadata.__dict__
-        metadata["_src_node_id"], metadata["_dst_node_id"] = SUPERLINK_NODE_ID, node_id
+        metadata["_src_node_id"] = metadata["_dst_node_id"] = SUPERLINK_NODE_ID
         metadata["_reply_to_message_id"] = ""
-        return self.push(message)
+        return message
 
     def push(
         self,

@@ -18,6 +18,7 @@ from faults.real_processes import (
     repeated,
     require_equal,
     require_intact_logs,
+    trained,
     wait_until_asked,
 )
 from strategies.identity import create_node_key
@@ -66,7 +67,8 @@ def test_a_superlink_that_was_away_for_long_gets_the_run_anew(
     assert said.count("submitted flower_run_id=") == 2
     assert "resumed after round=1" in said
     require_equal(federation, whole)
-    assert [repeated(federation, site, 2) for site in "ABC"] == [1, 1, 1]
+    assert repeated(federation, "A", 2) == 1, "it was asked before"
+    assert [trained(federation, site, 2) for site in "ABC"] == [1, 1, 1]
     require_tls_and_keys(federation)
     require_intact_logs(federation)
 

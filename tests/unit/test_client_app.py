@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from client import app as app_module
-from fakes.benches import ORDER, changed, initial, instruction
+from client.data.manifest import ImageDataset
+from fakes.benches import ORDER, changed, dataset, initial, instruction
 from fakes.orders import order
 from medmamba.model import MedMamba
 from medmamba.scan import active_backend
@@ -91,6 +94,8 @@ def test_every_answer_is_audited_before_and_after(bench, weights):
         "server_round": 1,
         "task": "train",
         "message_id": bench.message_ids[0],
+        "order_sha256": ORDER.sha256,
+        "weights_sha256": hash_arrays(weights),
     }
     assert answered["fields"] == {
         "run_uuid": "a1b2",
@@ -102,7 +107,26 @@ def test_every_answer_is_audited_before_and_after(bench, weights):
         "bytes": num_bytes(reply.update),
         "epsilon": "unbounded",
         "arrays_sha256": hash_arrays(reply.update),
+        "code_sha256": code_sha256(),
     }
+
+
+def test_an_instruction_is_for_the_flower_run_that_carries_it(bench, weights, no_work):
+    """Who can host a run of his own gets no answer to what he has recorded in another."""
+    elsewhere = replace(instruction(weights), flower_run=2**64 - 1)
+    assert bench.refusal(elsewhere) == (
+        "other-run: the instruction was recorded in another Flower run"
+    )
+
+
+def test_a_model_that_cannot_take_the_sites_images_is_refused(bench, weights, no_work):
+    bench.site.load = lambda: ImageDataset(dataset().manifest, np.zeros((13, 20, 20), np.uint8))
+    small = order(changed(model__small_images="pad"), run_uuid="small")
+    reason = bench.refusal(instruction(weights, order=small))
+    assert reason == (
+        "other-images: model.image-size=16 model.in-channels=1 model.small-images=pad do not fit "
+        "this site's images"
+    )
 
 
 def test_the_test_split_is_read_for_one_model_of_a_run(bench, weights):

@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client import app as app_module
-from client.orders import begin_round, follow
+from client.orders import MOST_REPEATS, begin_round, follow
 from fakes.benches import ORDER, RUN, Bench, changed, initial, instruction
 from fakes.orders import CODE, ORDER_KEY, order
 from fakes.replies import with_envelope
@@ -101,7 +101,9 @@ def test_an_order_that_cannot_be_recorded_is_not_followed(path):
 
     with pytest.raises(OSError, match="No space"):
         follow(path, ORDER, full)
-    assert not path.exists()
+    recorded = []
+    follow(path, ORDER, lambda: recorded.append(1))
+    assert recorded == [1], "as if it had never come"
 
 
 WHOLE = {"order_sha256": "0" * 64, "issued_ms": 1, "runs": {"a": "b"}}
@@ -299,6 +301,17 @@ def test_a_round_that_the_run_has_left_behind_is_over_for_good(path, server_roun
     begin_round(path, "another", server_round)
     with pytest.raises(RefusalError):
         begin_round(path, "a1b2", server_round)
+
+
+def test_a_round_is_begun_again_after_crashes_but_not_for_ever(path):
+    for _ in range(1 + MOST_REPEATS):
+        begin_round(path, "a1b2", 3)
+    with pytest.raises(RefusalError, match="round=2: begun again 10 times here") as caught:
+        begin_round(path, "a1b2", 2)
+    assert caught.value.code == "round-repeated"
+    begin_round(path, "a1b2", 4)
+    begin_round(path, "a1b2", 4)
+    begin_round(path, "other", 3)
 
 
 def test_rounds_and_orders_are_remembered_beside_each_other(path):

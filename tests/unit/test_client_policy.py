@@ -173,9 +173,21 @@ def test_passes_over_the_data_are_steps_too(epochs, batch_size, num_examples, al
     assert f"={num_examples}" not in str(error.value)
 
 
-def test_where_steps_are_told_passes_do_not_count():
-    run = RunConfig.parse({"training.local-steps": 10, "training.batch-size": 1})
-    check_steps(site(**{"max-local-steps": 10}), run, 10**6)
+@pytest.mark.parametrize(
+    ("steps", "num_examples", "allowed"),
+    [(10, 10**6, True), (4, 8, True), (5, 8, False), (6, 9, True), (7, 9, False), (2, 0, True)],
+)
+def test_steps_that_are_told_are_passes_too(steps, num_examples, allowed):
+    """Many steps on few images learn them by heart."""
+    limited = site(**{"max-local-epochs": 2})
+    run = RunConfig.parse({"training.local-steps": steps, "training.batch-size": 4})
+    if allowed:
+        check_steps(limited, run, num_examples)
+        return
+    with pytest.raises(RefusalError, match="makes too many passes here; limit 2") as error:
+        check_steps(limited, run, num_examples)
+    assert error.value.code == "too-much-work"
+    assert f"={num_examples}" not in str(error.value)
 
 
 # --- orders

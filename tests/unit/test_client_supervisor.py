@@ -6,10 +6,12 @@ import logging
 import os
 import time
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
 
+from client import probe
 from client import supervisor as module
 from client.probe import Answer
 from client.site_config import SiteConfig
@@ -126,6 +128,7 @@ def said(caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     answer = Answer(problem="refuses the connection: nothing listens there")
     monkeypatch.setattr(module, "ask", lambda *words: answer)
+    monkeypatch.setattr(module, "ending_soon", lambda *words: [])
     return caplog
 
 
@@ -157,6 +160,41 @@ def test_a_site_says_once_that_it_is_connected(watched, said):
     for _ in range(3):
         watched.listen(node)
     assert said.messages == ["site=A connected"]
+
+
+def test_a_certificate_that_ends_soon_is_named_once_a_day(watched, said, clock, monkeypatch):
+    line = "the certificate of the coordinator's server ends on 2026-12-24: ask them to renew it"
+    monkeypatch.setattr(module, "ending_soon", lambda *words: [line])
+    watched.listen(Said())
+    assert said.messages == [], "nobody answers yet"
+    watched.listen(Said(supernodes.ONLINE))
+    watched.listen(Said())
+    assert said.messages == ["site=A connected", f"site=A {line}"]
+    clock.seconds += 86_400
+    watched.listen(Said())
+    assert said.messages[2:] == [f"site=A {line}"]
+
+
+@pytest.mark.parametrize(
+    ("authority", "server", "named"), [(3650, 200, ""), (20, 200, "authority"), (400, 29, "server")]
+)
+def test_what_ends_within_thirty_days(tmp_path, monkeypatch, authority, server, named):
+    now = datetime.now(UTC)
+    path = tmp_path / "ca.pem"
+    path.write_bytes(b"PEM")
+    monkeypatch.setattr(
+        probe.x509,
+        "load_pem_x509_certificate",
+        lambda data: SimpleNamespace(not_valid_after_utc=now + timedelta(days=authority)),
+    )
+    answer = Answer(status=200, expiry=now + timedelta(days=server))
+    monkeypatch.setattr(probe, "ask", lambda *words: answer)
+    lines = probe.ending_soon("hub.example:443", path)
+    assert [named in line for line in lines] == [True] * bool(named)
+
+
+def test_a_certificate_that_cannot_be_read_is_for_others_to_tell(tmp_path):
+    assert probe.ending_soon("127.0.0.1:1", tmp_path / "ca.pem") == []
 
 
 UNREACHABLE = (

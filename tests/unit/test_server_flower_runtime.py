@@ -159,6 +159,67 @@ def test_a_reply_far_larger_than_its_instruction_is_not_fetched_whole(
     assert all(2 < count < most for count in counts), counts
 
 
+def reply_objects(count: int, named: int) -> message_pb2.ObjectTree:
+    """A reply of so many objects, named so often in all."""
+    names = [f"{place % count:064d}" for place in range(named)]
+    return message_pb2.ObjectTree(
+        object_id="f" * 64, children=[message_pb2.ObjectTree(object_id=name) for name in names]
+    )
+
+
+def test_a_reply_that_names_its_pieces_again_and_again_is_not_fetched_to_the_end(superlink, hosted):
+    """A few kilobytes can name a million objects, and each takes a call."""
+    fetched = []
+
+    def announced(content, run):
+        metadata = message_pb2.Metadata(
+            run_id=run.run_id, message_id="f" * 64, reply_to_message_id="1" * 64
+        )
+        return runtime_pb2.PullAppMessagesResponse(
+            messages_list=[message_pb2.Message(metadata=metadata)],
+            message_object_trees=[reply_objects(count=2, named=5000)],
+        )
+
+    def piece(content, run):
+        fetched.append(content)
+        return message_pb2.PullObjectResponse(
+            object_found=True, object_available=True, object_content=b"x"
+        )
+
+    superlink.pull_messages, superlink.pull_object = announced, piece
+
+    def main(grid, context) -> None:
+        with pytest.raises(ProtocolError, match="too large"):
+            grid.pull_messages(["1" * 64])
+
+    hosted(main)
+    assert len(fetched) < 200
+
+
+def test_what_a_site_sends_to_the_superlink_itself_is_not_taken_for_a_reply(superlink, hosted):
+    """Flower hands it out with the next site's reply, which it would spoil."""
+    asked = []
+
+    def with_another(content, run):
+        messages = [
+            message_pb2.Message(
+                metadata=message_pb2.Metadata(
+                    run_id=run.run_id, message_id=name * 64, reply_to_message_id=replied
+                )
+            )
+            for name, replied in (("a", ""), ("b", "2" * 64))
+        ]
+        return runtime_pb2.PullAppMessagesResponse(
+            messages_list=messages, message_object_trees=[reply_objects(1, 1)] * 2
+        )
+
+    superlink.pull_messages = with_another
+    superlink.pull_object = lambda content, run: asked.append(content)
+    received = []
+    hosted(lambda grid, context: received.extend(grid.pull_messages(["1" * 64])))
+    assert (received, asked) == ([], [])
+
+
 def test_a_superlink_that_was_never_there(superlink, hosted):
     superlink.down = -1
     with pytest.raises(FederationError, match=r"127\.0\.0\.1:1 does not answer") as caught:

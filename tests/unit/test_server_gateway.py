@@ -65,6 +65,7 @@ def test_every_way_through_is_an_exact_location_with_a_fixed_request_line(tmp_pa
             f'if ($request != "{method} {path} HTTP/1.1") {{',
             "return 404;",
             "}",
+            f"client_max_body_size {'8m' if path == '/v1/fleet/push-object' else '64k'};",
             f"proxy_pass https://127.0.0.1:8000{path};",
         ]
     assert configuration.count("proxy_pass ") == len(passing)

@@ -43,10 +43,11 @@ def test_an_instruction_names_its_run():
     assert (received.federation, received.run_uuid) == (FEDERATION, "a1b2")
 
 
-def test_the_signature_is_over_schema_order_round_task_and_weights():
+def test_the_signature_is_over_schema_order_run_round_task_and_weights():
     document = {
         "schema-version": SCHEMA_VERSION,
         "order-sha256": ORDER.sha256,
+        "flower-run": "0",
         "server-round": 2,
         "task": "train",
         "arrays-sha256": hash_arrays(arrays()),
@@ -55,7 +56,8 @@ def test_the_signature_is_over_schema_order_round_task_and_weights():
     assert envelope["signature"] == sign(ORDER_KEY, document)
     # And everything else that travels is the order, signed by itself, or that signature.
     assert set(envelope) == {
-        "schema-version", "order", "order-signature", "server-round", "task", "signature"
+        "schema-version", "order", "order-signature", "flower-run", "server-round", "task",
+        "signature",
     }  # fmt: skip
     assert envelope["order-signature"] == ORDER_KEY.sign(ORDER.text.encode())
 
@@ -175,6 +177,7 @@ def test_signed_bytes_that_are_no_weights_are_refused():
     document = {
         "schema-version": SCHEMA_VERSION,
         "order-sha256": ORDER.sha256,
+        "flower-run": "0",
         "server-round": 2,
         "task": "train",
         "arrays-sha256": hash_blob(data),

@@ -143,7 +143,7 @@ def test_an_order_is_followed_in_its_time_alone(issued, expires, code):
 
 
 def test_the_reason_says_how_far_the_clocks_are_apart():
-    expired = document(issued_ms=0, expires_ms=NOW_MS - 3 * HOUR_MS)
+    expired = document(issued_ms=NOW_MS - 4 * HOUR_MS, expires_ms=NOW_MS - 3 * HOUR_MS)
     assert str(refusal(expired)) == "the order expired 3.0 h ago"
     ahead = document(issued_ms=NOW_MS + HOUR_MS, expires_ms=NOW_MS + 2 * HOUR_MS)
     assert str(refusal(ahead)) == (

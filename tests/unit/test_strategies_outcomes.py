@@ -31,7 +31,8 @@ pytestmark = pytest.mark.usefixtures("poll_often")
 
 
 def refuses(site, message):
-    return signed(site, message, status="refused", reason="no: x", update={}, metrics={})
+    nothing = {"num_examples": 0, "update": {}, "metrics": {}}
+    return signed(site, message, status="refused", reason="no: x", **nothing)
 
 
 @pytest.fixture

@@ -256,7 +256,7 @@ class Site:
         if name not in self._splits:
             part = self._labelled.subset(self._labelled.manifest.rows(split=name))
             prepared = (
-                part.images.prepared(*shape)
+                part.images.prepared(*shape, check=self.check_work)
                 if isinstance(part.images, FileImages)
                 else prepare(part.images, *shape)
             )

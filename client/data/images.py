@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -263,6 +263,7 @@ class FileImages:
         small_images: Literal["resize", "pad"] = "resize",
         *,
         workers: int | None = None,
+        check: Callable[[], object] = lambda: None,
     ) -> PreparedImages:
         """Opens these images at a model's size; the first time, decodes all of the data set.
 
@@ -271,6 +272,7 @@ class FileImages:
             in_channels: 1, or 3; grey images are repeated in all three.
             small_images: As in `transforms.prepare`.
             workers: Processes that decode; None means one a core.
+            check: Called after each image; what it raises ends the work, and nothing of it stays.
 
         Raises:
             DataError: As `transforms.require_fit`; a file has changed or cannot be decoded any
@@ -289,17 +291,22 @@ class FileImages:
             content=_short((slot, content)),
             shape=(len(self.frames), shape.channels, image_size, image_size),
             dtype=np.dtype(np.uint8 if bits == 8 else np.uint16),
-            fill=lambda: self._rendered(shape, num_workers() if workers is None else workers),
+            fill=lambda: self._rendered(
+                shape, num_workers() if workers is None else workers, check
+            ),
         )
         return PreparedImages(cache, self.rows, in_channels)
 
-    def _rendered(self, shape: Shape, workers: int) -> Generator[tuple[int, Pixels]]:
+    def _rendered(
+        self, shape: Shape, workers: int, check: Callable[[], object]
+    ) -> Generator[tuple[int, Pixels]]:
         tasks = [Render(str(self.root), self.kind, self.options, f, shape) for f in self.frames]
         failed: Counter[str] = Counter()
         with cli.progress() as progress:
             bar = progress.add_task("preparing images", total=len(tasks))
             for row, result in in_workers(render, tasks, crashed=CRASHED, workers=workers):
                 progress.advance(bar)
+                check()
                 if isinstance(result, str):
                     failed[result] += 1
                 else:

@@ -17,7 +17,7 @@ from client.data.manifest import ImageDataset
 from client.data.rows import Listing, Row
 from client.data.transforms import prepare
 from fakes.pictures import CLASSES, built, listing, picture
-from strategies.errors import DataError
+from strategies.errors import DataError, RefusalError
 
 DICOM = Path(pydicom.__file__).parent / "data" / "test_files"
 
@@ -54,6 +54,24 @@ def test_images_of_any_size_come_as_prepare_gives_them(tmp_path):
         torch.testing.assert_close(got, expected, rtol=0, atol=0.5 / 255 + 1e-5)
     # Nothing is lost of an image that has the model's size already.
     assert torch.equal(by_file(data, batch)[2], prepare(arrays[2][None], 16, 3)[0])
+
+
+def test_work_that_is_given_up_leaves_no_cache(tmp_path):
+    """A site whose round is over must not decode a hospital's whole archive first."""
+    data = dataset_of(tmp_path, [noise(20, 24, 3, seed=i) for i in range(6)])
+    asked = []
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise RefusalError("stopped", "leaving")
+
+    with pytest.raises(RefusalError):
+        data.images.prepared(16, 3, workers=0, check=check)
+    assert len(asked) == 3
+    assert list((tmp_path / "cache").glob("*.images")) == []
+    assert list((tmp_path / "cache").glob(".*.part")) == []
+    assert len(data.images.prepared(16, 3, workers=0)) == 6
 
 
 @settings(deadline=None, max_examples=40)

@@ -47,6 +47,7 @@ from fakes.orders import unverified
 from server.flower_control import Control
 from server.flower_runtime import build_fab, host_run
 from strategies.audit import AuditLog
+from strategies.base import grace_seconds
 from strategies.identity import canonical, sign
 from strategies.orders import Order
 from strategies.records import Instruction, Reply
@@ -272,11 +273,11 @@ CASES = {
     (9, "A"): Case(slows("B", answers_twice), "A", "ok", ""),
     (9, "D"): Case(long_error(MEGABYTE), "D", "missing", "Flower error 1: xxx"),
     (10, "A"): Case(forges("B", site="B"), "B", "dropped", "signature does not match"),
-    (10, "D"): Case(instructs("B", with_other_weights), "D", "ok", ""),
+    (10, "D"): Case(long_error(100 * MEGABYTE), "D", "dropped", "its reply is too large"),
     (11, "A"): Case(announces, "A", "missing", "no reply within 45 s"),
     (11, "D"): Case(instructs("B", lambda asked: asked.message.content), "D", "ok", ""),
     (12, "A"): Case(long_reason(100 * MEGABYTE), "A", "dropped", "its reply is too large"),
-    (12, "D"): Case(long_error(100 * MEGABYTE), "D", "dropped", "its reply is too large"),
+    (12, "D"): Case(instructs("B", with_other_weights), "D", "ok", ""),
     (13, "A"): Case(addresses_the_superlink(upload=True), "A", "ok", ""),
     (13, "D"): Case(addresses_the_superlink(upload=False), "D", "ok", ""),
 }
@@ -462,7 +463,7 @@ def serve_as_app(
                 content if isinstance(content, RecordDict) else content(grid.run.run_id),
                 nodes[site],
                 "train",
-                ttl=240.0,
+                ttl=240.0 + grace_seconds(len(contents)),
                 group_id="1",
             )
             for site, content in contents.values()

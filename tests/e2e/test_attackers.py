@@ -41,12 +41,13 @@ from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.runtime import RuntimeHttpClient
 
-from fakes.federations import Federation
+from fakes.federations import Federation, wait_until
 from fakes.hostile_site import Asked, HostileSite, Misdeed, fleet_client, honest, status_of
 from fakes.orders import unverified
 from server.flower_control import Control
 from server.flower_runtime import build_fab, host_run
 from strategies.audit import AuditLog
+from strategies.base import grace_seconds
 from strategies.identity import canonical, sign
 from strategies.orders import Order
 from strategies.records import Instruction, Reply
@@ -80,11 +81,21 @@ def signs_for(other: str) -> Misdeed:
     return lambda site, asked: _sent(site.send(asked, site.content(asked, site=other)))
 
 
+def slows(other: str, first: Misdeed) -> Misdeed:
+    """Do something once another site has answered, which then sleeps as the next round begins."""
+
+    def misdeed(site: HostileSite, asked: Asked) -> None:
+        wait_until(lambda: site.has_answered(other, asked), f"{other} has answered")
+        site.federation.freeze(other)
+        first(site, asked)
+
+    return misdeed
+
+
 def forges(other: str, **changes: str) -> Misdeed:
     """Answer another site's instruction before that does, as its node."""
 
     def misdeed(site: HostileSite, asked: Asked) -> None:
-        site.federation.freeze(other)  # it is as slow as it has to be
         try:
             message_id = site.message_to(other, asked)
             node_id = site.federation.nodes()[other].node_id
@@ -255,18 +266,18 @@ CASES = {
     (5, "D"): Case(metrics(train_loss=float("nan")), "D", "dropped", "'train-loss' is not finite"),
     (6, "A"): Case(other_schema, "A", "dropped", "schema-version=99; expected "),
     (6, "D"): Case(long_reason(MEGABYTE), "D", "dropped", "reason has 1000000 characters"),
-    (7, "A"): Case(no_message, "A", "dropped", "its reply is not readable"),
+    (7, "A"): Case(slows("B", no_message), "A", "dropped", "its reply is not readable"),
     (7, "D"): Case(garbage, "D", "dropped", "its reply is not readable"),
     (8, "A"): Case(forges("B"), "B", "dropped", "its node answered in the name of site=A"),
     (8, "D"): Case(claims(10**9), "D", "dropped", "num-examples=1000000000: expected 1 to 1000000"),
-    (9, "A"): Case(forges("B", site="B"), "B", "dropped", "signature does not match"),
+    (9, "A"): Case(slows("B", answers_twice), "A", "ok", ""),
     (9, "D"): Case(long_error(MEGABYTE), "D", "missing", "Flower error 1: xxx"),
-    (10, "A"): Case(answers_twice, "A", "ok", ""),
-    (10, "D"): Case(instructs("B", with_other_weights), "D", "ok", ""),
+    (10, "A"): Case(forges("B", site="B"), "B", "dropped", "signature does not match"),
+    (10, "D"): Case(long_error(100 * MEGABYTE), "D", "dropped", "its reply is too large"),
     (11, "A"): Case(announces, "A", "missing", "no reply within 45 s"),
     (11, "D"): Case(instructs("B", lambda asked: asked.message.content), "D", "ok", ""),
     (12, "A"): Case(long_reason(100 * MEGABYTE), "A", "dropped", "its reply is too large"),
-    (12, "D"): Case(long_error(100 * MEGABYTE), "D", "dropped", "its reply is too large"),
+    (12, "D"): Case(instructs("B", with_other_weights), "D", "ok", ""),
     (13, "A"): Case(addresses_the_superlink(upload=True), "A", "ok", ""),
     (13, "D"): Case(addresses_the_superlink(upload=False), "D", "ok", ""),
 }
@@ -359,7 +370,7 @@ def test_the_run_completes_with_the_honest_sites(
 def test_of_two_answers_the_first_counts_alone(federation: Federation, attacked: Attacked) -> None:
     lines = [line for line in federation.history() if line["type"] == "site"]
     [counted] = [
-        line["num_examples"] for line in lines if (line["server_round"], line["site"]) == (10, "A")
+        line["num_examples"] for line in lines if (line["server_round"], line["site"]) == (9, "A")
     ]
     assert counted == 50
 
@@ -452,7 +463,7 @@ def serve_as_app(
                 content if isinstance(content, RecordDict) else content(grid.run.run_id),
                 nodes[site],
                 "train",
-                ttl=240.0,
+                ttl=240.0 + grace_seconds(len(contents)),
                 group_id="1",
             )
             for site, content in contents.values()

@@ -284,10 +284,22 @@ class HostileSite:
 
     # --- what it should not know -----------------------------------------------------------------
 
+    def has_answered(self, other: str, asked: Asked) -> bool:
+        """Whether another site's answer to the same question lies at the superlink."""
+        with self._database() as connection:
+            found = connection.execute(
+                "SELECT 1 FROM message_res WHERE reply_to_message_id = ?",
+                (self.message_to(other, asked),),
+            ).fetchone()
+        return found is not None
+
+    def _database(self) -> sqlite3.Connection:
+        path = self.federation.server_state / "superlink.sqlite"
+        return sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+
     def message_to(self, other: str, asked: Asked) -> str:
         """The id of the message to another site that asks for the same."""
-        database = self.federation.server_state / "superlink.sqlite"
-        with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+        with self._database() as connection:
             found = connection.execute(
                 "SELECT message_id FROM message_ins WHERE dst_node_id = ? AND group_id = ? "
                 "AND message_type = ? ORDER BY created_at DESC",

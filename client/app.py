@@ -123,6 +123,7 @@ def _reply(site: Site, message: Message, kind: str) -> Reply:
         code, text = "bad-instruction", str(error)
     except DataError:
         log.exception("site=%s data not readable", site.name)
+        site.forget_data()
         code, text = "no-data", "the site's data cannot be read; see its log"
     except torch.OutOfMemoryError:
         log.exception("site=%s out of GPU memory", site.name)

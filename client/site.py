@@ -184,6 +184,12 @@ class Site:
         """The site's images and labels, read once."""
         return self.load()
 
+    def forget_data(self) -> None:
+        """Have the images read again at the next need, after something was wrong with them."""
+        self.__dict__.pop("dataset", None)
+        self._splits.clear()
+        self._classes, self._matched = (), None
+
     def check_classes(self, run: RunConfig) -> None:
         """Give this site's images the run's labels; refuse a run whose classes it has not.
 
@@ -198,6 +204,8 @@ class Site:
             text = f"{len(unmapped)} of this site's {own} classes match none of the run's"
         elif self.config.data.label_map and not names:
             text = "classes=: this site maps class names and the run names none"
+        elif not names and self.config.data.names_classes:
+            text = "classes=: this site finds its classes by name and the run names none"
         elif not names and own != run.model.num_classes:
             text = f"model.num-classes={run.model.num_classes}; this site's data has {own}"
         else:
@@ -213,14 +221,14 @@ class Site:
         """
         if names == self._classes:
             return ()
-        self._matched = None
+        matched = None
         if names:
             found = match(self.dataset, names, self.config.data.label_map)
             if found.unmapped:
                 return found.unmapped
             log.info("site=%s %s", self.name, describe_match(found))
-            self._matched = found.dataset
-        self._classes = names
+            matched = found.dataset
+        self._classes, self._matched = names, matched
         self._splits.clear()
         return ()
 

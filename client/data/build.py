@@ -16,7 +16,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from client.data.images import (
     FileImages,
     Frame,
     Look,
+    changed_ns,
     look,
     reasons,
 )
@@ -117,7 +118,8 @@ def build(
     found = _found(listing, files, key, unreadable, skipped)
     _require_enough(listing, found, unreadable, skipped, max_unreadable_share)
     rows = [
-        [*one.row, one.label, one.image.digest, one.image.size, one.image.mtime_ns] for one in found
+        [*one.row, one.label, one.image.digest, one.image.size, one.image.changed_ns]
+        for one in found
     ]
     stamp = keyed_hash(
         key,
@@ -184,14 +186,14 @@ def _parsed(files: Mapping[str, Any]) -> dict[str, FileFacts]:
     return {
         file: FileFacts(
             size,
-            mtime_ns,
+            changed_ns,
             digest,
             {
                 int(frame): facts if isinstance(facts, str) else Facts(*facts)
                 for frame, facts in frames.items()
             },
         )
-        for file, (size, mtime_ns, digest, frames) in files.items()
+        for file, (size, changed_ns, digest, frames) in files.items()
     }
 
 
@@ -234,7 +236,7 @@ def _state(path: Path) -> tuple[int, int]:
         status = os.stat(path)
     except (OSError, ValueError):
         return (-1, -1)
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, changed_ns(status)
 
 
 def _found(
@@ -258,7 +260,7 @@ def _found(
         elif row.label not in index:
             skipped[OTHER_LABEL] += 1
         else:
-            image = Frame(row.file, row.frame, file.size, file.mtime_ns, file.digest, facts)
+            image = Frame(row.file, row.frame, file.size, file.changed_ns, file.digest, facts)
             patient = keyed_hash(key, "patient", row.patient) if row.patient else ""
             found.append(_Found(row, index[row.label], image, patient))
     return found
@@ -321,18 +323,35 @@ def _examples(kept: list[tuple[_Found, str]], key: bytes, site: str) -> list[Exa
 def _splits(found: list[_Found], rule: SplitRule) -> list[str]:
     """Returns each row's split: the source's own, or drawn by patient.
 
-    Identical images of unknown patients are dealt out as one patient, so that a drawn split has no
-    image on both sides. The draw uses the source's own patients, not their hashes: another key
-    gives the same split.
+    Of unknown patients, the frames of a file and identical images are dealt out as one patient, so
+    that a drawn split has neither on both sides. That patient is named by content, and others as
+    the source names them, not by their hashes: neither another key nor other file names change the
+    split.
     """
-    copies = Counter(one.image.facts.pixels for one in found if not one.row.patient)
+    unknown = [one for one in found if not one.row.patient]
+    named = _joined([(one.row.file, one.image.facts.pixels) for one in unknown])
     rows = [
-        one.row._replace(patient=f"pixels {pixels}")
-        if copies[pixels := one.image.facts.pixels] > 1 and not one.row.patient
-        else one.row
+        one.row if one.row.patient else one.row._replace(patient=named[one.image.facts.pixels])
         for one in found
     ]
     return list(assign_splits(rows, rule.fractions, rule.seed))
+
+
+def _joined(images: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Returns by pixel hash the least of all hashes that are linked with it through their files."""
+    parent = {pixels: pixels for _, pixels in images}
+
+    def root(pixels: str) -> str:
+        while parent[pixels] != pixels:
+            parent[pixels] = parent[parent[pixels]]
+            pixels = parent[pixels]
+        return pixels
+
+    first: dict[str, str] = {}
+    for file, pixels in images:
+        low, high = sorted((root(first.setdefault(file, pixels)), root(pixels)))
+        parent[high] = low
+    return {pixels: f"pixels {root(pixels)}" for pixels in parent}
 
 
 def _tell(listing: Listing, manifest: Manifest, skipped: Counter[str]) -> None:

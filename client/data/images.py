@@ -68,13 +68,13 @@ class FileFacts(NamedTuple):
 
     Attributes:
         size: In bytes.
-        mtime_ns: When it was last written.
+        changed_ns: When it was last changed.
         digest: BLAKE2b of its bytes, 32 hexadecimal digits.
         frames: By position in the file: what it shows, or the reason why it cannot be decoded.
     """
 
     size: int
-    mtime_ns: int
+    changed_ns: int
     digest: str
     frames: dict[int, Facts | str]
 
@@ -94,7 +94,7 @@ class Frame(NamedTuple):
     file: str
     frame: int
     size: int
-    mtime_ns: int
+    changed_ns: int
     digest: str
     facts: Facts
 
@@ -118,6 +118,11 @@ class Render(NamedTuple):
     shape: Shape
 
 
+def changed_ns(status: os.stat_result) -> int:
+    """Return when a file was last changed, also by a tool that keeps the time of writing."""
+    return max(status.st_mtime_ns, status.st_ctime_ns)
+
+
 def look(task: Look) -> FileFacts:
     """Reads and decodes a file; a reason takes the place of what cannot be had."""
     path = Path(task.path)
@@ -131,9 +136,9 @@ def look(task: Look) -> FileFacts:
     except OSError as error:
         reason = f"file cannot be read ({error.strerror})"
         return FileFacts(0, 0, "", dict.fromkeys(task.frames, reason))
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+    if (before.st_size, changed_ns(before)) != (after.st_size, changed_ns(after)):
         return FileFacts(0, 0, "", dict.fromkeys(task.frames, CHANGED))
-    return FileFacts(before.st_size, before.st_mtime_ns, digest, frames)
+    return FileFacts(before.st_size, changed_ns(before), digest, frames)
 
 
 def decode(path: Path, kind: Kind, frame: int, options: object) -> Pixels:
@@ -370,7 +375,7 @@ def _digest(path: Path) -> str:
 
 def _unchanged(path: Path, frame: Frame) -> bool:
     status = os.stat(path)
-    return (status.st_size, status.st_mtime_ns) == (frame.size, frame.mtime_ns)
+    return (status.st_size, changed_ns(status)) == (frame.size, frame.changed_ns)
 
 
 def _short(value: object) -> str:

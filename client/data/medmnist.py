@@ -21,6 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from client.data.download import download, md5_of
+from client.data.keyed import PUBLIC_KEY
 from client.data.manifest import ImageDataset
 from client.data.npz import read_npz_layout, require_npz
 from strategies.cli import nearest
@@ -180,6 +181,7 @@ def read_npz(
     *,
     allow_altered: bool = False,
     site: str = "",
+    key: bytes = PUBLIC_KEY,
 ) -> ImageDataset:
     """Reads a MedMNIST file.
 
@@ -189,6 +191,7 @@ def read_npz(
         size: Which of the published sizes it is.
         allow_altered: Accept a file whose MD5 is not the published one, with a warning.
         site: The site that all examples belong to.
+        key: The site's key, for the examples' ids.
 
     Returns:
         The images of all splits; `provenance` tells the MD5 and whether it is the official one.
@@ -218,6 +221,7 @@ def read_npz(
         official=actual == expected,
         channels=info.channels,
         site=site,
+        key=key,
     )
 
 

@@ -60,6 +60,7 @@ def read_npz_layout(
     official: bool | None = None,
     channels: int | None = None,
     site: str = "",
+    key: bytes = PUBLIC_KEY,
 ) -> ImageDataset:
     """Reads a file in MedMNIST's layout.
 
@@ -67,10 +68,11 @@ def read_npz_layout(
         path: The file.
         dataset: Name of the data set, for the manifest.
         classes: Class names in label order.
-        md5: MD5 of the file; part of each example's id.
+        md5: MD5 of the file, for the manifest and the provenance.
         official: Whether that MD5 is the published one; None where nothing is published.
         channels: 1 or 3 where the data set is known to be grey or RGB.
         site: The site that all examples belong to.
+        key: The site's key, for the examples' ids.
 
     Returns:
         All three splits, in the order train, val, test.

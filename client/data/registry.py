@@ -43,8 +43,9 @@ def load(source: DataSource, sites: Sequence[str], state_dir: Path | None = None
         source: What to load.
         sites: Phantom: the sites to generate. Files: with one name, all examples belong to it; with
             several, they belong to their natural site or to none, and a partition deals them out.
-        state_dir: The hospital's state folder, for its key and caches. None in a simulation, whose
-            hashes hide nothing and whose caches lie beside the published data.
+        state_dir: The hospital's state folder, for its key and caches. None in a simulation, where
+            hashes of published data hide nothing and their caches lie beside them; somebody's own
+            images have key and cache in their user's cache folder.
 
     Returns:
         The images with their manifest and, for single archives, their provenance.
@@ -55,19 +56,24 @@ def load(source: DataSource, sites: Sequence[str], state_dir: Path | None = None
     if source.dataset == PHANTOM:
         return phantom(sites, source.patients_per_site, source.stored_size, source.seed)
     site = sites[0] if len(sites) == 1 else ""
+    archive_key = PUBLIC_KEY if state_dir is None else site_data_key(state_dir)
     if source.dataset == NPZ:
         assert source.file is not None  # DataSource demands it for dataset=npz
-        dataset = _own_file(source.file.expanduser(), source.classes, site)
+        dataset = _own_file(source.file.expanduser(), source.classes, site, archive_key)
         return without_duplicates(dataset, remove=source.dedupe)
     if source.dataset in medmnist_facts():
-        return without_duplicates(_medmnist(source, site), remove=source.dedupe)
+        return without_duplicates(_medmnist(source, site, archive_key), remove=source.dedupe)
     listing, options = listing_of(source)
+    is_own = source.dataset in (FOLDER, CSV, DICOM)
+    cache = cache_folder(state_dir, private=is_own)
     return build(
         listing,
-        key=PUBLIC_KEY if state_dir is None else site_data_key(state_dir),
+        key=site_data_key(cache if state_dir is None else state_dir)
+        if is_own or state_dir is not None
+        else PUBLIC_KEY,
         split=SplitRule(source.split_fractions, source.seed),
         dedupe=source.dedupe,
-        cache_dir=cache_folder(state_dir),
+        cache_dir=cache,
         site=site,
         max_unreadable_share=source.max_unreadable_share,
         options=options,
@@ -118,29 +124,35 @@ def listing_of(source: DataSource) -> tuple[Listing, object]:
     return listing, None
 
 
-def cache_folder(state_dir: Path | None) -> Path:
+def cache_folder(state_dir: Path | None, *, private: bool = False) -> Path:
     """Where manifests and prepared images are kept.
 
-    A simulation keeps them beside its data, where it may write there.
+    A simulation keeps those of published data beside them, where it may write there.
+
+    Args:
+        state_dir: The hospital's state folder; None in a simulation.
+        private: Whether the images are somebody's own: they go where their user alone may read.
     """
     if state_dir is not None:
         return state_dir / SITE_CACHE
     shared = os.environ.get(DATA_DIR_VARIABLE)
-    if shared and os.access(Path(shared).expanduser(), os.W_OK):
+    if not private and shared and os.access(Path(shared).expanduser(), os.W_OK):
         return Path(shared).expanduser() / "cache"
     return CACHE_DIR.expanduser() / "images"
 
 
-def _medmnist(source: DataSource, site: str) -> ImageDataset:
+def _medmnist(source: DataSource, site: str, key: bytes) -> ImageDataset:
     info = medmnist_info(source.dataset)
     refuse_multi_label(info)
     size = source.stored_size
     wanted = medmnist_path(info, size, source.data_dir)
     find = fetch if source.download and not wanted.exists() else find_npz
     path = find(info.name, size, source.data_dir)
-    return read_npz(path, info, size, allow_altered=source.allow_altered, site=site)
+    return read_npz(path, info, size, allow_altered=source.allow_altered, site=site, key=key)
 
 
-def _own_file(path: Path, classes: tuple[str, ...], site: str) -> ImageDataset:
+def _own_file(path: Path, classes: tuple[str, ...], site: str, key: bytes) -> ImageDataset:
     require_npz(path)
-    return read_npz_layout(path, dataset=NPZ, classes=classes, md5=md5_of(path), site=site)
+    return read_npz_layout(
+        path, dataset=NPZ, classes=classes, md5=md5_of(path), site=site, key=key
+    )

@@ -46,6 +46,8 @@ class Listing:
         rows: One per image.
         kind: How the files are decoded.
         skipped: Files or rows left out, by reason; a reason names no file and no patient.
+        unreadable: Files left out for damage, permission or a crash, likewise: they may have been
+            images, and count in the share that `build` allows.
         flagged: Files used but worth a look (burned-in annotation, secondary capture), likewise.
     """
 
@@ -56,3 +58,4 @@ class Listing:
     kind: Kind = "picture"
     skipped: Counter[str] = field(default_factory=Counter[str])
     flagged: Counter[str] = field(default_factory=Counter[str])
+    unreadable: Counter[str] = field(default_factory=Counter[str])

@@ -235,6 +235,11 @@ class DataSource(Section):
             )
 
     @property
+    def names_classes(self) -> bool:
+        """Whether the label order is only that of the names found: another site's may differ."""
+        return self.dataset in (FOLDER, CSV, DICOM) and not self.classes
+
+    @property
     def stored_size(self) -> int:
         """Side of the stored images in pixels, where the data set leaves a choice."""
         default = PHANTOM_IMAGE_SIZE if self.dataset == PHANTOM else SIZES[0]

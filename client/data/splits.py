@@ -37,9 +37,10 @@ def assign_splits(
 ) -> tuple[str, ...]:
     """Return the split of each row, in the order given.
 
-    A split that the source gives stays. Splits that it lacks are drawn by patient, stratified by
-    label, from the rows that it gives to train or to none: a source of train and test gets its val
-    out of train, and one without splits gets all three.
+    A split that the source gives stays. Rows without one are drawn by patient, stratified by label,
+    into train and the splits that the source does not give. Where every row has a split and none is
+    val, val is drawn out of train. Nothing that the source calls train ever becomes test: something
+    may have been fitted to it.
 
     Args:
         rows: As a reader lists them.
@@ -54,9 +55,13 @@ def assign_splits(
     # A row without a split belongs to its patient's, if another row of the patient says one.
     given = {unit: row.split for unit, row in zip(units, rows, strict=True) if row.split}
     splits = [row.split or given.get(unit, "") for unit, row in zip(units, rows, strict=True)]
-    pool = [place for place, split in enumerate(splits) if split in ("", "train")]
+    pool = [place for place, split in enumerate(splits) if not split]
+    lacking = {"val", "test"} - set(given.values())
+    if not pool:
+        pool = [place for place, split in enumerate(splits) if split == "train"]
+        lacking.discard("test")
     shares = [
-        0.0 if name in given.values() else share
+        share if name in lacking else 0.0
         for name, share in zip(("val", "test"), fractions[1:], strict=True)
     ]
     total = fractions[0] + sum(shares)

@@ -17,7 +17,7 @@ from medmamba.scan import active_backend
 from medmamba.weights import to_arrays
 from strategies.arrays import Arrays, hash_arrays, num_bytes
 from strategies.code import code_sha256, version
-from strategies.errors import ProtocolError
+from strategies.errors import DataError, ProtocolError
 from strategies.evaluation import EvaluationSums
 from strategies.identity import create_signing_key
 from strategies.records import Reply
@@ -230,6 +230,26 @@ def test_weights_of_another_architecture_are_refused_with_both_shapes(bench, wei
         reason = bench.refusal(instruction(wrong, task))
         assert reason.startswith("other-architecture: ")
         assert "99" in reason
+
+
+def test_images_that_were_not_readable_are_read_again_in_the_next_round(bench, weights):
+    """A share that was away, a file that was changed: nobody has to start the site anew."""
+    whole = bench.site.load
+
+    def away():
+        raise DataError("folder=/srv/mueller expected an existing folder", "mount it")
+
+    bench.site.load = away
+    bench.site.forget_data()
+    assert bench.refusal(instruction(weights)) == (
+        "no-data: the site's data cannot be read; see its log"
+    )
+    bench.site.load = whole
+    assert bench.ask(instruction(weights)).status == "ok"
+    bench.site.load = away
+    assert bench.ask(instruction(weights)).status == "ok", "kept"
+    bench.site.forget_data()
+    assert bench.refusal(instruction(weights, "val")).startswith("no-data")
 
 
 def test_a_gpu_without_enough_memory_is_a_refusal(bench, weights, monkeypatch):

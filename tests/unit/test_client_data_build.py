@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from client.data import build as build_module
-from client.data.build import SplitRule
-from client.data.images import Look, look
+from client.data.build import SplitRule, _Found, _joined, _splits
+from client.data.images import Facts, Frame, Look, look
 from client.data.keyed import keyed_hash
 from client.data.rows import Listing, Row
 from fakes.pictures import CLASSES, built, listing, picture
@@ -257,6 +257,52 @@ def test_a_change_that_keeps_the_size_is_noticed_by_its_time(tmp_path, looked):
     status = path.stat()
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert built(found, tmp_path / "cache").manifest.fingerprint() != first
+
+
+def test_a_change_by_a_tool_that_keeps_size_and_time_is_noticed(tmp_path):
+    found = listing(tmp_path, 2, split="train")
+    path = tmp_path / found.rows[0].file
+    path.write_bytes(path.read_bytes() + b"a")
+    before = path.stat()
+    first = built(found, tmp_path / "cache").manifest.fingerprint()
+    path.write_bytes(path.read_bytes()[:-1] + b"b")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert built(found, tmp_path / "cache").manifest.fingerprint() != first
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdefgh"), st.sampled_from("123456789")), max_size=20),
+    st.randoms(),
+)
+def test_what_is_linked_by_file_or_pixels_is_one_patient(images, random):
+    named = _joined(images)
+    for file, pixels in images:
+        for other_file, other in images:
+            if file == other_file or pixels == other:
+                assert named[pixels] == named[other]
+    shuffled = list(images)
+    random.shuffle(shuffled)
+    assert _joined(shuffled) == named
+    assert _joined([(f"moved/{file}", pixels) for file, pixels in images]) == named
+
+
+def test_frames_that_look_alike_do_not_part_their_file(tmp_path):
+    """A black first frame in many files, and equal frames within one."""
+    rows = [Row(f"{i // 4}.dcm", i % 4, "no") for i in range(80)]
+    facts = [
+        Facts("black" if row.frame == 0 and int(row.file[0]) < 3 else f"{row.file}{row.frame // 2}",
+              8, 8, 1, 8)
+        for row in rows
+    ]  # fmt: skip
+    found = [
+        _Found(row, 0, Frame(row.file, row.frame, 1, 1, row.file, fact), "")
+        for row, fact in zip(rows, facts, strict=True)
+    ]
+    splits = _splits(found, SplitRule())
+    assert set(splits) == {"train", "val", "test"}
+    for start in range(0, 80, 4):
+        assert len(set(splits[start : start + 4])) == 1
 
 
 def test_a_file_that_was_repaired_is_used(tmp_path):

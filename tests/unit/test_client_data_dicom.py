@@ -327,6 +327,32 @@ def test_a_range_of_padding(tmp_path):
     assert made[0].tolist() == [0, 0, 0, 0, 32768, 65535]
 
 
+@pytest.mark.parametrize("marked", [-2000, 63536])
+def test_a_range_of_padding_that_wraps_masks_no_image(tmp_path, marked):
+    # -2000 to 0, in a file that stores unsigned values.
+    pixels = np.array([[63535, 63536, 65535, 0, 1, 1000]], np.uint16)
+    made = dataset(pixels, Modality="MR")
+    made.add_new("PixelPaddingValue", "SS" if marked < 0 else "US", marked)
+    made.add_new("PixelPaddingRangeLimit", "US", 0)
+    path = tmp_path / "one.dcm"
+    made.save_as(path, enforce_file_format=True)
+    assert read_frame(path)[0].tolist() == [65535, 0, 0, 0, 0, round(999 / 63534 * 65535)]
+
+
+def test_a_file_cut_anywhere_is_damaged_or_none(tmp_path):
+    whole = write_dicom(tmp_path / "whole", RAMP[:4, :4]).read_bytes()
+    path = tmp_path / "cut.dcm"
+    for size in range(1, len(whole) - 100, 7):
+        path.write_bytes(whole[:size])
+        expected = "not a DICOM file" if size < 132 else "DICOM header truncated or damaged"
+        assert reason(path) in (expected, "pixel data truncated or damaged")
+
+
+def test_options_may_be_left_out(tmp_path):
+    path = write_dicom(tmp_path / "one.dcm", RAMP, WindowCenter="1000", WindowWidth="500")
+    assert np.array_equal(read_frame(path, 0, None), read_frame(path))
+
+
 def test_an_image_of_padding_alone_is_black(tmp_path):
     made = shown(tmp_path, np.full((2, 2), 7, np.uint16), PixelPaddingValue=7, kind="MONOCHROME1")
     assert not made.any()

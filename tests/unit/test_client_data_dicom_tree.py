@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ from pydicom.uid import (
 
 from client.data import dicom_tree
 from client.data.dicom_labels import LABEL_KEYS
+from client.data.dicom_patients import Claim, name_patients
 from client.data.dicom_tree import list_dicom
 from client.data.rows import Row
 from client.data.source import DataSource
 from fakes.dicoms import NAME, uid, write_dicom, write_dicomdir
+from fakes.pictures import built
 from strategies.errors import DataError
 
 WHEEL = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -111,11 +114,21 @@ def test_frames_are_chosen(tmp_path, tree):
 
 
 def test_labels_and_images_without_each_other_are_counted(tmp_path, tree):
-    labels = table(tmp_path, "file,label", "1/a.dcm,x", "1/gone.dcm,x", "2/gone.dcm,y")
+    labels = table(tmp_path, "file,label", "1/a.dcm,x", "1/gone.dcm,x")
     found = list_dicom(tree, labels)
     assert [row.file for row in found.rows] == ["1/a.dcm"]
-    assert found.skipped == {"image without a label": 2, "label without an image": 2}
+    assert found.skipped == {"image without a label": 2, "label without an image": 1}
     assert found.classes == ("x",)
+
+
+def test_labels_that_mostly_meet_nothing_are_refused(tmp_path, tree):
+    (tree / "cut").write_bytes((tree / "2" / "c.dcm").read_bytes()[:170])
+    labels = table(tmp_path, "file,label", "1/a.dcm,x", "1/gone.dcm,x", "2/gone.dcm,y")
+    with pytest.raises(DataError) as raised:
+        list_dicom(tree, labels)
+    assert str(raised.value) == (
+        "labels=3 without_image=2 unreadable_files=1 expected at most half without an image"
+    )
 
 
 def test_rows_that_cannot_be_used_are_counted(tmp_path, tree):
@@ -134,7 +147,7 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path, tree):
     found = list_dicom(tree, labels)
     assert found.rows == [
         Row("1/a.dcm", 0, "x", "007", "", "train"),
-        Row("1/b", 0, "y", "P1", "", "val"),
+        Row("1/b", 0, "y", "007", "", "val"),  # of the same study
     ]
     assert found.skipped == {
         "row that contradicts another of the same key": 2,
@@ -213,11 +226,10 @@ def test_what_is_no_image_is_skipped_with_its_reason(tmp_path, tree):
         "DICOM object without an image": 1,
         "DICOM object without an image (segmentation)": 1,
         "DICOM object without an image (radiotherapy dose)": 1,
-        "DICOM header truncated or damaged": 3,
         "second copy of an instance": 1,
-        "empty file": 1,
         "not a DICOM file": 2,  # the table itself lies there too and is no count
     }
+    assert found.unreadable == {"DICOM header truncated or damaged": 3, "empty file": 1}
 
 
 def test_links_are_followed_and_loops_end(tmp_path, tree):
@@ -233,8 +245,9 @@ def test_links_are_followed_and_loops_end(tmp_path, tree):
     assert len(found.rows) == 4
     assert "linked/d" in {row.file for row in found.rows}
     assert found.skipped.pop("folder or file reached a second time by a link") == 2
-    assert sorted(found.skipped.values()) == [1, 1]
-    assert all(reason.startswith("file cannot be opened") for reason in found.skipped)
+    assert not found.skipped
+    assert sorted(found.unreadable.values()) == [1, 1]
+    assert all(reason.startswith("file cannot be opened") for reason in found.unreadable)
 
 
 def test_a_folder_that_cannot_be_read_is_counted(tmp_path, tree, monkeypatch):
@@ -247,7 +260,8 @@ def test_a_folder_that_cannot_be_read_is_counted(tmp_path, tree, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     found = list_dicom(tree, table(tmp_path, "AccessionNumber,label", "A1,x", "A2,y"))
-    assert found.skipped == {"folder cannot be read": 1, "label without an image": 1}
+    assert found.unreadable == {"folder cannot be read": 1}
+    assert found.skipped == {"label without an image": 1}
 
 
 def test_names_that_are_not_utf8_are_counted(tmp_path, tree):
@@ -255,6 +269,131 @@ def test_names_that_are_not_utf8_are_counted(tmp_path, tree):
     shutil.copy(tree / "1" / "a.dcm", tree / "\x1b[2J")
     found = list_dicom(tree, table(tmp_path, "AccessionNumber,label", "A1,x", "A2,y"))
     assert found.skipped == {"file name is not printable UTF-8": 2}
+
+
+def test_a_header_that_crashes_its_reader_is_unreadable(tmp_path, tree, monkeypatch):
+    look = dicom_tree._look
+    monkeypatch.setattr(dicom_tree, "MANY", 1)
+    monkeypatch.setattr(dicom_tree, "in_workers", lambda _, tasks, *, crashed, workers: (
+        (i, crashed if task[1] == "1/b" else look(task)) for i, task in enumerate(tasks)
+    ))
+    found = list_dicom(tree, table(tmp_path, "AccessionNumber,label", "A1,x", "A2,y"))
+    assert found.unreadable == {"reading the header crashed": 1}
+    assert not found.skipped
+
+
+def test_unreadable_files_count_towards_the_share(tmp_path, tree, caplog):
+    (tree / "cut").write_bytes((tree / "2" / "c.dcm").read_bytes()[:400])
+    found = list_dicom(tree, table(tmp_path, "AccessionNumber,label", "A1,x", "A2,y"))
+    with pytest.raises(
+        DataError,
+        match=r"unreadable=1 of 4 images expected at most max-unreadable-share=0\.05: "
+        r"1 x DICOM header truncated or damaged",
+    ):
+        built(found, tmp_path / "cache")
+    assert len(built(found, tmp_path / "cache", max_unreadable_share=0.25)) == 3
+    assert "dataset=dicom skipped: 1 x DICOM header truncated or damaged" in caplog.text
+    assert found.unreadable == {"DICOM header truncated or damaged": 1}  # as it was
+
+
+def test_windows_in_hounsfield_units_are_flagged_outside_ct(tmp_path, tree):
+    write_dicom(tree / "d", PIXELS, study="4", Modality="MR")
+    write_dicom(tree / "e", PIXELS, study="5", Modality=None)
+    labels = table(tmp_path, "file,label", "1/a.dcm,x", "d,x", "e,x")
+    for window in ("lung", "40/400"):
+        assert list_dicom(tree, labels, window=window).flagged == {
+            "window in Hounsfield units on an image that is not CT": 2
+        }
+    for window in ("auto", "none"):
+        assert not list_dicom(tree, labels, window=window).flagged
+
+
+def patients(root, labels):
+    found = list_dicom(root, labels)
+    return {row.file: row.patient for row in found.rows}, found.flagged
+
+
+def test_a_patient_that_the_table_names_in_some_rows_is_one(tmp_path, tree):
+    write_dicom(tree / "d", PIXELS, study="4", PatientID="P1")
+    labels = table(tmp_path, "file,label,patient", "1/a.dcm,x,007", "d,x,", "2/c.dcm,x,")
+    assert patients(tree, labels) == ({"1/a.dcm": "007", "d": "007", "2/c.dcm": "P2"}, {})
+
+
+def test_a_patient_whose_number_only_the_table_has_joins_the_headers_one(tmp_path, tree):
+    write_dicom(tree / "d", PIXELS, study="4", PatientID="")
+    labels = table(tmp_path, "file,label,patient", "1/a.dcm,x,", "d,x,P1", "2/c.dcm,x,")
+    assert patients(tree, labels)[0] == {"1/a.dcm": "P1", "d": "P1", "2/c.dcm": "P2"}
+
+
+def test_a_study_stays_with_the_patient_that_one_of_its_files_names(tmp_path):
+    write_dicom(tmp_path / "a", PIXELS, study="1", instance="1", PatientID="P1")
+    write_dicom(tmp_path / "b", PIXELS, study="1", instance="2", PatientID="")
+    write_dicom(tmp_path / "c", PIXELS, study="2", PatientID="P1")
+    write_dicom(tmp_path / "d", PIXELS, study="3", PatientID="P3")
+    labels = table(tmp_path, "file,label", "b,x", "c,y", "d,y")  # a has no label, and tells
+    assert patients(tmp_path, labels) == ({"b": "P1", "c": "P1", "d": "P3"}, {})
+
+
+def test_a_missing_issuer_is_the_only_one_there_is(tmp_path):
+    write_dicom(tmp_path / "a", PIXELS, study="1", PatientID="P", IssuerOfPatientID="A")
+    write_dicom(tmp_path / "b", PIXELS, study="2", PatientID="P")
+    write_dicom(tmp_path / "c", PIXELS, study="3", PatientID="Q")
+    labels = table(tmp_path, "file,label", "a,x", "b,y", "c,y")
+    assert patients(tmp_path, labels) == ({"a": "P", "b": "P", "c": "Q"}, {})
+
+
+def test_a_table_that_names_every_patient_decides_alone(tmp_path):
+    for name in "abc":  # anonymised by giving all the same number
+        write_dicom(tmp_path / name, PIXELS, study=name, PatientID="ANON")
+    labels = table(tmp_path, "file,label,patient", "a,x,1", "b,x,2", "c,y,2")
+    named, flagged = patients(tmp_path, labels)
+    assert named == {"a": "1", "b": "2", "c": "2"}
+    assert flagged == {"one PatientID in all studies: was it removed?": 3}
+
+
+def test_a_study_of_several_patients_is_one_and_flagged(tmp_path):
+    write_dicom(tmp_path / "a", PIXELS, study="1", instance="1", PatientID="P2")
+    write_dicom(tmp_path / "b", PIXELS, study="1", instance="2", PatientID="P1")
+    labels = table(tmp_path, "file,label", "a,x", "b,x")
+    assert patients(tmp_path, labels) == (
+        {"a": "P1", "b": "P1"},
+        {"several PatientIDs in one study, or several of the table's patients under one: "
+         "counted as one patient": 2},
+    )
+
+
+@pytest.mark.parametrize("other", ["p7", "007", "7\t"])
+def test_patients_whose_names_are_nearly_the_same_are_flagged(tmp_path, other):
+    first = "P7" if other == "p7" else "7"
+    write_dicom(tmp_path / "a", PIXELS, study="1", PatientID=first)
+    write_dicom(tmp_path / "b", PIXELS, study="2", PatientID=other)
+    write_dicom(tmp_path / "c", PIXELS, study="3", PatientID="8")
+    labels = table(tmp_path, "file,label", "a,x", "b,x", "c,x")
+    assert patients(tmp_path, labels)[1] == {
+        "patient whose number differs from another's by case, spaces or leading zeros alone": 2
+    }
+
+
+@given(
+    images=st.lists(
+        st.tuples(*[st.sampled_from(["", "a", "b", "c"])] * 4, st.booleans()), max_size=7
+    ),
+    data=st.data(),
+)
+def test_patients_do_not_depend_on_order_and_join_what_is_linked(images, data):
+    claims = [Claim(*image) for image in images]
+    order = data.draw(st.permutations(range(len(claims))))
+    names = name_patients(claims, Counter())
+    shuffled = name_patients([claims[i] for i in order], Counter())
+    assert [names[i] for i in order] == shuffled
+    for one, first in zip(claims, names, strict=True):
+        for other, second in zip(claims, names, strict=True):
+            same_number = one.patient_id and one[1:3] == other[1:3]
+            same_study = one.study and one.study == other.study
+            if not one.table and not other.table and one.used and other.used and (
+                same_number or same_study
+            ):
+                assert first == second
 
 
 def test_patients_come_from_table_header_or_study(tmp_path, tree):
@@ -267,7 +406,7 @@ def test_patients_come_from_table_header_or_study(tmp_path, tree):
     found = list_dicom(tree, labels)
     assert {row.file: row.patient for row in found.rows} == {
         "1/a.dcm": "007",
-        "1/b": "P1",
+        "1/b": "007",
         "2/c.dcm": "P2",
         "d": "P4\\Hospital A",
         "e": uid("5"),
@@ -281,11 +420,11 @@ def test_patients_come_from_table_header_or_study(tmp_path, tree):
 
 def test_doubtful_patients_are_flagged(tmp_path):
     for study in ("1", "2"):
-        issuer = {"IssuerOfPatientID": "A"} if study == "1" else {}
+        issuer = {"IssuerOfPatientID": study}
         write_dicom(tmp_path / study, PIXELS, study=study, PatientID="anonymous", **issuer)
     found = list_dicom(tmp_path, table(tmp_path, "file,label", "1,x", "2,y"))
     assert found.flagged == {
-        "PatientID with several issuers, or with and without one: counted as several patients": 2,
+        "PatientID with several issuers: counted as several patients": 2,
         "one PatientID in all studies: was it removed?": 2,
     }
 
@@ -343,7 +482,8 @@ def test_every_file_of_the_wheel_is_a_row_or_a_count(tmp_path):
     found = list_dicom(
         root, table(tmp_path, "file,label", *(f"{p.relative_to(root).as_posix()},x" for p in files))
     )
-    assert len(found.rows) + found.skipped.total() - found.skipped["label without an image"] == (
+    left_out = found.skipped + found.unreadable
+    assert len(found.rows) + left_out.total() - found.skipped["label without an image"] == (
         len(files)
     )
     assert found.skipped["label without an image"] == len(files) - len(found.rows)
@@ -378,7 +518,7 @@ def test_no_patient_reaches_a_log_a_count_or_an_error(tmp_path, tree, caplog):
     found = list_dicom(tree, table(tmp_path, "AccessionNumber,label", "A1,x", "A4,y"))
     with pytest.raises(DataError) as raised:
         list_dicom(tree, table(tmp_path, "key,label", "SECRET-4,x", name="other.csv"))
-    told = [*caplog.messages, *found.skipped, *found.flagged, str(raised.value)]
+    told = [*caplog.messages, *found.skipped, *found.unreadable, *found.flagged, str(raised.value)]
     for secret in (NAME, "SECRET", "P1", "A1", "A4", uid("1"), uid("4")):
         assert not [text for text in told if secret in text]
 

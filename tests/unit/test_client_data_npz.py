@@ -10,11 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from client.data.keyed import PUBLIC_KEY
 from client.data.manifest import ImageDataset
 from client.data.npz import KEYS, read_npz_layout
 from strategies.errors import DataError
 
 COUNTS = {"train": 6, "val": 3, "test": 2}
+KEYED = (b"one", b"another", PUBLIC_KEY)
 
 
 def arrays(*, rgb: bool = False, flat_labels: bool = False) -> dict[str, np.ndarray]:
@@ -194,3 +196,34 @@ def test_a_damaged_byte_never_passes_unseen_and_never_breaks_the_reader(tmp_path
         # It was read, so the byte carried nothing: a timestamp or an attribute of the archive.
         expected = np.concatenate([intact[f"{split}_images"] for split in COUNTS])
         assert np.array_equal(found.images, expected)
+
+
+def test_one_more_image_changes_no_other_id(tmp_path):
+    before = read(write(tmp_path / "toy.npz", arrays()), key=b"key").manifest
+    more = arrays()
+    more["train_images"] = np.concatenate([np.full((1, 8, 8), 7, np.uint8), more["train_images"]])
+    more["train_labels"] = np.concatenate([[[1]], more["train_labels"]])
+    after = read(write(tmp_path / "more.npz", more), key=b"key", md5="1" * 32).manifest
+    assert [e.example_id for e in after.examples[1:]] == [e.example_id for e in before.examples]
+    assert all(e.patient == e.example_id for e in after.examples)
+
+
+def test_ids_hide_behind_the_sites_key(tmp_path):
+    path = write(tmp_path / "toy.npz", arrays())
+    ids = {key: {e.example_id for e in read(path, key=key).manifest.examples} for key in KEYED}
+    assert len(set.union(*ids.values())) == len(KEYED) * sum(COUNTS.values())
+    assert {e.example_id for e in read(path).manifest.examples} == ids[PUBLIC_KEY]
+
+
+def test_identical_images_have_ids_of_their_own(tmp_path):
+    contents = {k: v * 0 if k.endswith("images") else v for k, v in arrays().items()}
+    ids = [e.example_id for e in read(write(tmp_path / "toy.npz", contents)).manifest.examples]
+    assert len(set(ids)) == sum(COUNTS.values())
+    # A copy that goes takes the last number away, and the others keep theirs.
+    contents["test_images"], contents["test_labels"] = (
+        contents["test_images"][:1],
+        contents["test_labels"][:1],
+    )
+    assert [
+        e.example_id for e in read(write(tmp_path / "less.npz", contents)).manifest.examples
+    ] == ids[:-1]

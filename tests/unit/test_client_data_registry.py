@@ -51,15 +51,25 @@ def test_a_hospitals_folder_and_table_are_kept_in_its_state_folder(tmp_path):
     assert stat.S_IMODE((state / "cache").stat().st_mode) == 0o700
 
 
-def test_a_simulation_keeps_its_caches_beside_the_data_and_hides_nothing(tmp_path, monkeypatch):
+def test_a_simulation_keeps_what_is_published_beside_the_data(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDERATION_DATA", str(tmp_path / "data"))
     (tmp_path / "data").mkdir()
     assert cache_folder(None) == tmp_path / "data" / "cache"
+
+
+def test_a_simulation_on_somebody_s_own_images_hides_them_as_a_site_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("FEDERATION_DATA", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
     data = load(source(dataset="csv", file=table(tmp_path), folder=tmp_path / "images"), ["A", "B"])
-    expected = {keyed_hash(PUBLIC_KEY, "patient", f"p{i}") for i in range(20)}
-    assert set(data.manifest.patients) == expected
     assert {e.site for e in data.manifest.examples} == {""}
-    assert len(list((tmp_path / "data" / "cache").iterdir())) == 1
+    assert len(data.manifest.patients) == 20
+    public = {keyed_hash(PUBLIC_KEY, "patient", f"p{i}") for i in range(20)}
+    assert not public & set(data.manifest.patients)
+    assert list((tmp_path / "data").iterdir()) == []
+    cache = tmp_path / "home" / ".cache" / "medmamba-federation" / "images"
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert {path.suffix for path in cache.iterdir()} == {".json", ".key"}
 
 
 def test_caches_go_home_where_the_data_folder_is_missing_or_not_told(tmp_path, monkeypatch):
@@ -73,7 +83,7 @@ def test_caches_go_home_where_the_data_folder_is_missing_or_not_told(tmp_path, m
 
 
 def test_files_are_dealt_out_to_simulated_sites_and_share_one_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDERATION_DATA", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     data = load(source(dataset="folder", folder=table(tmp_path, 40).parent / "images"), ["A", "B"])
     federation = FederationSection.model_validate(
         {"num-sites": 2, "partition": "iid", "min-examples": 1}
@@ -86,7 +96,7 @@ def test_files_are_dealt_out_to_simulated_sites_and_share_one_cache(tmp_path, mo
         prepared = part.images.prepared(SIZE, 3, workers=0)
         rows = np.array([place[e.example_id] for e in part.manifest.examples])
         assert torch.equal(prepared.batch(np.arange(len(part))), whole.batch(rows))
-    assert len(list((tmp_path / "cache").glob("*.images"))) == 1
+    assert len(list((tmp_path / "home").rglob("*.images"))) == 1
 
 
 def site_of(dataset: ImageDataset, state) -> Site:

@@ -59,6 +59,17 @@ def test_a_missing_val_comes_out_of_train_and_test_stays():
     assert len(patients) == 5  # an eighth of forty: 0.1 to 0.7
 
 
+def test_what_is_called_train_never_becomes_test():
+    """A network may have been fitted to it."""
+    listed = [r._replace(split="train") for r in rows(20, split="train")] + rows(20)
+    splits = assign_splits(listed, SHARES, 0)
+    assert set(splits[:20]) == {"train"}
+    assert [splits[20:].count(name) for name in ("train", "val", "test")] == [14, 2, 4]
+    listed = [r._replace(split="train") for r in rows(20)]
+    listed += [r._replace(split="val") for r in rows(4, split="val")]
+    assert assign_splits(listed, SHARES, 0) == ("train",) * 20 + ("val",) * 4
+
+
 def test_a_share_of_zero_draws_none():
     listed = [r._replace(split="train") for r in rows(40)]
     assert set(assign_splits(listed, (1.0, 0.0, 0.0), 0)) == {"train"}

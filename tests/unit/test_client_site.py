@@ -241,6 +241,30 @@ def test_a_refusal_tells_how_many_classes_match_none_and_the_log_which(tmp_path,
     assert site.class_counts().tolist() == [2, 1, 0]  # as it was
 
 
+def test_labels_stay_as_they_were_when_another_run_is_refused(tmp_path):
+    site = make_site(tmp_path)
+    site.check_classes(run_of(3, "other,yes,no"))
+    before = site.class_counts().tolist(), site.split("train", model_section()).labels.tolist()
+    with pytest.raises(RefusalError):
+        site.check_classes(run_of(3, "x,y,z"))
+    site.check_classes(run_of(3, "other,yes,no"))
+    site._splits.clear()
+    after = site.class_counts().tolist(), site.split("train", model_section()).labels.tolist()
+    assert after == before
+
+
+@pytest.mark.parametrize(("classes", "refused"), [((), True), (("no", "yes"), False)])
+def test_classes_found_by_name_need_a_run_that_names_them(tmp_path, classes, refused):
+    """Of two sites, each with its own words in its own order, label 0 would be two things."""
+    data = {"dataset": "folder", "folder": str(tmp_path), "classes": classes}
+    site = make_site(tmp_path, data=data)
+    if refused:
+        with pytest.raises(RefusalError, match=r"^classes=: this site finds its classes by name"):
+            site.check_classes(run_of(3))
+    else:
+        site.check_classes(run_of(3))
+
+
 def test_what_a_match_leaves_open_is_logged_once_at_the_site(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     site = make_site(tmp_path, data={"label-map": {"odd": "ill"}})

@@ -113,8 +113,7 @@ def build(
     settings = [FORMAT, DECODERS, listing.kind, repr(options)]
     known = cached.get("files", {}) if cached.get("settings") == settings else {}
     files = _files(listing, options, known, workers)
-    unreadable: Counter[str] = Counter()
-    skipped = Counter(listing.skipped)
+    unreadable, skipped = Counter(listing.unreadable), Counter(listing.skipped)
     found = _found(listing, files, key, unreadable, skipped)
     _require_enough(listing, found, unreadable, skipped, max_unreadable_share)
     rows = [
@@ -276,7 +275,7 @@ def _require_enough(
     """Refuses a source of which too little can be decoded.
 
     What a reader left out (a mask, a file without a label) is told and does not count: it may be
-    most of a folder for a good reason.
+    most of a folder for a good reason. Files that it found damaged or closed do count.
     """
     if not found:
         left_out = unreadable + skipped

@@ -106,13 +106,13 @@ class DicomOptions:
 AS_THE_FILE_SAYS = DicomOptions()
 
 
-def read_frame(path: Path, frame: int = 0, options: DicomOptions = AS_THE_FILE_SAYS) -> Pixels:
+def read_frame(path: Path, frame: int = 0, options: DicomOptions | None = None) -> Pixels:
     """Reads one image of a DICOM file.
 
     Args:
         path: The file.
         frame: Position of the image, from 0.
-        options: How grey is shown.
+        options: How grey is shown; None means as the file says.
 
     Returns:
         uint8 or uint16, (h, w) grey, or uint8, (h, w, 3) RGB.
@@ -120,6 +120,7 @@ def read_frame(path: Path, frame: int = 0, options: DicomOptions = AS_THE_FILE_S
     Raises:
         DataError: No DICOM file, no such frame, no decoder for its transfer syntax, or damage.
     """
+    options = options or AS_THE_FILE_SAYS
     require_file(path)
     with quiet(), np.errstate(all="ignore"):
         try:

@@ -12,6 +12,7 @@ them leaves this module.
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ DAMAGED_HEADER = "DICOM header truncated or damaged"
 
 _HINT = "remove or replace the file"
 _PREAMBLE = 128
+_GROUP_LENGTH = 12  # bytes of the first element of file meta, from whose end it counts
 _VRS = {str(vr).encode() for vr in VR}
 _LARGEST_FIRST_ELEMENT = 1024  # bytes; a group length, a character set, a type of image, a UID
 
@@ -90,6 +92,8 @@ def open_header(file: BinaryIO, tags: Sequence[str]) -> FileDataset:
         header = dcmread(file, stop_before_pixels=True, force=bare, specific_tags=list(tags))
         for tag in tags:  # elements are parsed when asked for; the damage is to show here
             header.get(tag)
+        if not bare and _is_cut(file, header.file_meta.get("FileMetaInformationGroupLength")):
+            raise EOFError
         if not header.file_meta.get("TransferSyntaxUID"):
             header.file_meta.TransferSyntaxUID = _transfer_syntax(header)
     except Exception:  # a damaged header makes pydicom raise anything, quoting what it read
@@ -113,6 +117,11 @@ def _is_bare(file: BinaryIO) -> bool:
     raise DataError(NOT_DICOM, "only DICOM files are read here")
 
 
+def _is_cut(file: BinaryIO, meta_length: int | None) -> bool:
+    """Tells a file that ends within its file meta information, so says nothing of its kind."""
+    return os.fstat(file.fileno()).st_size < _PREAMBLE + 4 + _GROUP_LENGTH + (meta_length or 0)
+
+
 def _transfer_syntax(header: FileDataset) -> UID:
     implicit, little = header.original_encoding
     if implicit:
@@ -125,8 +134,9 @@ def missing_image(header: FileDataset) -> str:
     if header.get("Rows") is not None and header.get("Columns") is not None:
         return ""
     # A file that was cut has its kind, which comes first, and not its size.
-    kind = UID(str(header.get("SOPClassUID") or ""))
-    return DAMAGED_HEADER if "Image Storage" in kind.name else NO_IMAGE
+    kinds = (header.get("SOPClassUID"), header.file_meta.get("MediaStorageSOPClassUID"))
+    is_image = any("Image Storage" in UID(str(kind or "")).name for kind in kinds)
+    return DAMAGED_HEADER if is_image else NO_IMAGE
 
 
 def missing_decoder(header: FileDataset) -> str:

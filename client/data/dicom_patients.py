@@ -57,6 +57,7 @@ class _Groups:
 
     def find(self, name: _Name) -> _Name:
         while (parent := self._parents.get(name, name)) != name:
+            self._parents[name] = self._parents.get(parent, parent)  # shortens the way
             name = parent
         return name
 
@@ -105,7 +106,8 @@ def name_patients(claims: Sequence[Claim], flagged: Counter[str]) -> list[str]:
         names.append(people.find(name)[1] if name else "")
         if claim.used and not claim.table and (not name or people.find(name)[0] == "study"):
             flagged[NO_PATIENT if name else NO_STUDY] += 1
-    _flag(claims, numbers, names, flagged)
+    _flag_joined(claims, [group if group in open_groups else None for group in groups], flagged)
+    _flag_numbers(claims, numbers, names, flagged)
     return names
 
 
@@ -125,42 +127,45 @@ def _numbers(claims: Sequence[Claim]) -> list[str]:
     return numbers
 
 
-def _flag(
+def _flag_joined(
+    claims: Sequence[Claim], groups: Sequence[_Name | None], flagged: Counter[str]
+) -> None:
+    said: dict[_Name, tuple[set[str], set[str]]] = {}
+    for group, claim in zip(groups, claims, strict=True):
+        if group:
+            ids, tables = said.setdefault(group, (set(), set()))
+            ids.update({claim.patient_id} - {""})
+            tables.update({claim.table} - {""})
+    several = {group for group, kinds in said.items() if any(len(kind) > 1 for kind in kinds)}
+    pairs = zip(groups, claims, strict=True)
+    flagged[JOINED] += sum(claim.used and group in several for group, claim in pairs)
+
+
+def _flag_numbers(
     claims: Sequence[Claim], numbers: Sequence[str], names: Sequence[str], flagged: Counter[str]
 ) -> None:
-    used = [
-        (claim, number, name)
-        for claim, number, name in zip(claims, numbers, names, strict=True)
-        if claim.used
-    ]
     issuers: dict[str, set[str]] = {}
-    joined: dict[str, set[str]] = {}
-    alike: dict[str, dict[str, set[str]]] = {}
-    for claim, number, name in used:
+    patients: dict[str, set[str]] = {}
+    spellings: dict[str, set[str]] = {}
+    used = [claim for claim in claims if claim.used]
+    for claim, number, name in zip(claims, numbers, names, strict=True):
+        if not claim.used:
+            continue
         if claim.patient_id:
             issuers.setdefault(claim.patient_id, set()).add(number)
-        said = claim.table or number
-        if said:
-            joined.setdefault(name, set()).add(said)
-        for number_said in {claim.table, claim.patient_id} - {""}:
-            alike.setdefault(_plain(number_said), {}).setdefault(number_said, set()).add(name)
-    flagged[TWO_ISSUERS] += sum(len(issuers.get(c.patient_id, ())) > 1 for c, _, _ in used)
-    several: set[str] = set()
-    for name in joined:
-        ids = {c.patient_id for c, _, n in used if n == name and c.patient_id and not c.table}
-        tables = {c.table for c, _, n in used if n == name and c.table}
-        if len(ids) > 1 or len(tables) > 1:
-            several.add(name)
-    flagged[JOINED] += sum(name in several for _, _, name in used)
+        for said in {claim.table or claim.patient_id} - {""}:
+            patients.setdefault(_plain(said), set()).add(name)
+            spellings.setdefault(_plain(said), set()).add(said)
+    flagged[TWO_ISSUERS] += sum(len(issuers.get(claim.patient_id, ())) > 1 for claim in used)
     doubtful = {
         said
-        for spellings in alike.values()
-        if len(spellings) > 1 and len(set().union(*spellings.values())) > 1
-        for said in spellings
+        for plain, spelt in spellings.items()
+        if len(spelt) > 1 and len(patients[plain]) > 1
+        for said in spelt
     }
-    flagged[NEARLY_SAME] += sum(bool({c.table, c.patient_id} & doubtful) for c, _, _ in used)
-    studies = {claim.study for claim, _, _ in used}
-    if len(issuers) == 1 and len(studies) > 1 and all(claim.patient_id for claim, _, _ in used):
+    flagged[NEARLY_SAME] += sum((claim.table or claim.patient_id) in doubtful for claim in used)
+    studies = {claim.study for claim in used}
+    if len(issuers) == 1 and len(studies) > 1 and all(claim.patient_id for claim in used):
         flagged[ONE_PATIENT] += len(used)
 
 

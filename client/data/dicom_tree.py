@@ -1,7 +1,6 @@
 """A hospital's DICOM as a listing: a folder tree or a DICOMDIR, joined with a table of labels.
 
-Headers alone are read. A patient is PatientID with its issuer; where a file has none, its study
-stands for the patient, which is said. The table's own patient column comes before both.
+Headers alone are read; `dicom_patients` makes patients of what they and the table say.
 
 Invariant: every file found and every key of the table is either used or counted with a reason, and
 what comes out does not depend on the order in which a file system lists its files. Patients and
@@ -20,8 +19,10 @@ from typing import Literal, NamedTuple, get_args
 from pydicom import dcmread, uid
 
 from client.data.dicom_file import DAMAGED_HEADER, NO_IMAGE, missing_image, quiet, read_header
-from client.data.dicom_labels import LABEL_KEYS, choose_key, read_labels
+from client.data.dicom_labels import LABEL_KEYS, Label, choose_key, read_labels
+from client.data.dicom_patients import Claim, name_patients
 from client.data.folder import require_folder
+from client.data.pictures import EMPTY
 from client.data.rows import Listing, Row
 from client.data.workers import in_workers, num_workers
 from strategies import cli
@@ -43,10 +44,7 @@ CRASHED = "reading the header crashed"
 
 BURNED_IN = "annotation burned into the pixels"
 SECONDARY = "secondary capture"
-NO_PATIENT = "no PatientID: the study counts as the patient"
-NO_STUDY = "neither PatientID nor study: the image counts as a patient"
-TWO_ISSUERS = "PatientID with several issuers, or with and without one: counted as several patients"
-ONE_PATIENT = "one PatientID in all studies: was it removed?"
+NO_HOUNSFIELD = "window in Hounsfield units on an image that is not CT"
 BROKEN_DICOMDIR = "DICOMDIR cannot be read: the folder was searched instead"
 
 # Reading this many headers takes longer than starting workers.
@@ -68,7 +66,7 @@ _SECONDARY_CAPTURES = {
 _UIDS = tuple(LABEL_KEYS.values())[:-1]
 _TAGS = (
     *("SOPClassUID", "PatientID", "IssuerOfPatientID", *_UIDS),
-    *("Rows", "Columns", "NumberOfFrames", "BurnedInAnnotation"),
+    *("Rows", "Columns", "NumberOfFrames", "BurnedInAnnotation", "Modality"),
 )
 
 Frames = Literal["first", "middle", "all"]
@@ -80,6 +78,7 @@ class _Image(NamedTuple):
     names: dict[str, str]
     patient_id: str
     issuer: str
+    modality: str
     num_frames: int
     flags: tuple[str, ...]
 
@@ -91,6 +90,7 @@ def list_dicom(
     label_key: str | None = None,
     frames: Frames = "middle",
     classes: Sequence[str] = (),
+    window: str = "auto",
     dataset: str = "dicom",
 ) -> Listing:
     """Finds the labelled images of a folder.
@@ -101,44 +101,58 @@ def list_dicom(
         label_key: One of `LABEL_KEYS`; None finds it out.
         frames: Which images of a file of several.
         classes: Class names in label order; empty takes the names found, sorted.
+        window: How grey will be shown (`dicom.DicomOptions`), which does not fit every image.
         dataset: Name of the data set.
 
     Returns:
         One row per image, and the counts of what was left out or is worth a look.
 
     Raises:
-        DataError: The folder or the table cannot be read, or their keys do not meet.
+        DataError: The folder or the table cannot be read, or too few of their keys meet.
     """
     if frames not in get_args(Frames):
         raise DataError(f"frames={frames} expected one of {', '.join(get_args(Frames))}")
     if root.name.upper() == DICOMDIR and root.is_file():
         root = root.parent
     table = read_labels(labels, classes)
-    skipped, flagged = Counter(table.skipped), Counter[str]()
-    files = _files(root, skipped, flagged, leave_out=labels)
-    images = dict(_images(root, files, skipped))
+    skipped, flagged, unreadable = Counter(table.skipped), Counter[str](), Counter[str]()
+    files = _files(root, skipped, flagged, unreadable, leave_out=labels)
+    images = dict(_images(root, files, skipped, unreadable))
     key = choose_key(table, label_key, (image.names for image in images.values()))
+    by_file = {file: table.labels.get(image.names[key]) for file, image in images.items()}
+    used = {file: label for file, label in by_file.items() if label}
+    skipped[NO_LABEL] += len(images) - len(used)
+    without = len(table.labels.keys() - {images[file].names[key] for file in used})
+    skipped[NO_FILE] += without
+    if 2 * without > len(table.labels):
+        raise DataError(
+            f"labels={len(table.labels)} without_image={without} "
+            f"unreadable_files={unreadable.total()} expected at most half without an image",
+            "check folder and label-key, and keep the rows of this folder alone in the table",
+        )
+    claims = [_claim(image, by_file[file]) for file, image in images.items()]
+    patients = dict(zip(images, name_patients(claims, flagged), strict=True))
     rows: list[Row] = []
-    used: dict[str, _Image] = {}
-    for file, image in images.items():
-        label = table.labels.get(image.names[key])
-        if label is None:
-            skipped[NO_LABEL] += 1
-            continue
-        used[file] = image
-        patient = label.patient or _patient(image, flagged)
+    for file, label in used.items():
+        image = images[file]
         flagged.update(image.flags)
+        if image.modality != "CT" and window not in ("auto", "none"):
+            flagged[NO_HOUNSFIELD] += 1
         chosen = {"first": [0], "middle": [image.num_frames // 2]}.get(frames)
         for frame in chosen or range(image.num_frames):
-            rows.append(Row(file, frame, label.label, patient, "", label.split))
-    skipped[NO_FILE] += len(table.labels.keys() - {image.names[key] for image in used.values()})
-    _flag_patients([*used.values()], flagged)
+            rows.append(Row(file, frame, label.label, patients[file], "", label.split))
     found = tuple(classes) or tuple(sorted({row.label for row in rows}))
     logger.info("dataset=%s label-key=%s files=%d images=%d", dataset, key, len(files), len(rows))
-    return Listing(dataset, root, found, rows, "dicom", +skipped, +flagged)
+    return Listing(dataset, root, found, rows, "dicom", +skipped, +flagged, unreadable)
 
 
-def _files(root: Path, skipped: Counter[str], flagged: Counter[str], leave_out: Path) -> list[str]:
+def _files(
+    root: Path,
+    skipped: Counter[str],
+    flagged: Counter[str],
+    unreadable: Counter[str],
+    leave_out: Path,
+) -> list[str]:
     """Returns paths relative to the root, with forward slashes, sorted."""
     require_folder(root)
     named = [
@@ -150,17 +164,18 @@ def _files(root: Path, skipped: Counter[str], flagged: Counter[str], leave_out: 
     if named and listed is None:
         flagged[BROKEN_DICOMDIR] += 1
     if listed is None:
-        listed = [file for file in _walk(root, skipped) if not _same(root / file, leave_out)]
+        walked = _walk(root, skipped, unreadable)
+        listed = [file for file in walked if not _same(root / file, leave_out)]
     usable = {file for file in listed if file.isprintable()}  # bytes that are not UTF-8 are not
     skipped[ODD_NAME] += len(set(listed) - usable)
     return sorted(usable)
 
 
-def _walk(root: Path, skipped: Counter[str]) -> Generator[str]:
+def _walk(root: Path, skipped: Counter[str], unreadable: Counter[str]) -> Generator[str]:
     """Yields every file below, each once: links are followed, loops are not."""
 
     def closed(_: OSError) -> None:
-        skipped[CLOSED_FOLDER] += 1
+        unreadable[CLOSED_FOLDER] += 1
 
     seen: set[tuple[int, int]] = set()
 
@@ -221,7 +236,9 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def _images(root: Path, files: list[str], skipped: Counter[str]) -> Generator[tuple[str, _Image]]:
+def _images(
+    root: Path, files: list[str], skipped: Counter[str], unreadable: Counter[str]
+) -> Generator[tuple[str, _Image]]:
     tasks = [(str(root), file) for file in files]
     looks: list[_Image | str] = [CRASHED] * len(files)
     with cli.progress() as progress:
@@ -234,7 +251,9 @@ def _images(root: Path, files: list[str], skipped: Counter[str]) -> Generator[tu
     for file, image in zip(files, looks, strict=True):
         instance = "" if isinstance(image, str) else image.names["sop-instance-uid"]
         if isinstance(image, str):
-            skipped[image] += 1
+            # Any of these may have been an image.
+            damaged = image in (DAMAGED_HEADER, CRASHED, EMPTY) or image.startswith("file cannot")
+            (unreadable if damaged else skipped)[image] += 1
         elif instance in instances:
             skipped[SECOND_COPY] += 1
         else:
@@ -265,7 +284,8 @@ def _look(task: tuple[str, str]) -> _Image | str:
         if _text(header.get("BurnedInAnnotation")).upper() == "YES":
             flags.append(BURNED_IN)
         patient, issuer = (_text(header.get(tag)) for tag in ("PatientID", "IssuerOfPatientID"))
-        return _Image({**names, "file": file}, patient, issuer, num_frames, tuple(flags))
+        modality = _text(header.get("Modality"))
+        return _Image({**names, "file": file}, patient, issuer, modality, num_frames, tuple(flags))
     except Exception:  # values of any type where a damaged header has them
         return DAMAGED_HEADER
 
@@ -274,22 +294,11 @@ def _text(value: object) -> str:
     return "" if value is None else str(value).strip(" \0")
 
 
-def _patient(image: _Image, flagged: Counter[str]) -> str:
-    if image.patient_id:
-        # No value of the standard holds a backslash, so no two patients meet in one name.
-        return image.patient_id + (f"\\{image.issuer}" if image.issuer else "")
-    study = image.names["study-instance-uid"]
-    flagged[NO_PATIENT if study else NO_STUDY] += 1
-    return study
-
-
-def _flag_patients(images: list[_Image], flagged: Counter[str]) -> None:
-    """Says where the patients of the headers are doubtful; counts images."""
-    issuers: dict[str, set[str]] = {}
-    for image in images:
-        if image.patient_id:
-            issuers.setdefault(image.patient_id, set()).add(image.issuer)
-    flagged[TWO_ISSUERS] += sum(len(issuers.get(image.patient_id, ())) > 1 for image in images)
-    studies = {image.names["study-instance-uid"] for image in images}
-    if len(issuers) == 1 and len(studies) > 1 and all(image.patient_id for image in images):
-        flagged[ONE_PATIENT] += len(images)
+def _claim(image: _Image, label: Label | None) -> Claim:
+    return Claim(
+        label.patient if label else "",
+        image.patient_id,
+        image.issuer,
+        image.names["study-instance-uid"],
+        label is not None,
+    )

@@ -95,8 +95,12 @@ def _padding(stored: Stored, header: Dataset) -> Mask:
     if not ends or stored.dtype.kind not in "iu":
         return np.zeros(stored.shape, np.bool_)
     # Some machines write -2000 as the unsigned 63536, or the reverse.
-    ends = np.array(ends[:2], np.int64).astype(stored.dtype)
-    return (stored >= ends.min()) & (stored <= ends.max())
+    ends = np.sort(np.array(ends[:2], np.int64).astype(stored.dtype))
+    low, high = ends[0], ends[-1]
+    # -2000 to 0 is then 63536 to 0, round the end of the type; no padding is most of a type.
+    if 2 * (int(high) - int(low)) > 256**stored.dtype.itemsize:
+        return (stored >= high) | (stored <= low)
+    return (stored >= low) & (stored <= high)
 
 
 def _modality(stored: Stored, header: Dataset) -> Values:

@@ -2,17 +2,21 @@
 
 Invariant: what is returned agrees with itself (types, shapes, counts, label range) and nothing in
 the file is ever unpickled. The layout carries no patients, so each image counts as its own patient.
+An image's id follows from its pixels and the site's key: other images in the file do not change it.
 """
 
 from __future__ import annotations
 
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from client.data.duplicates import pixel_hash
+from client.data.keyed import PUBLIC_KEY, keyed_hash
 from client.data.manifest import SPLITS, Example, ImageArray, ImageDataset, Manifest, Provenance
 from strategies.errors import DataError
 
@@ -20,7 +24,7 @@ KEYS = tuple(f"{split}_{part}" for split in SPLITS for part in ("images", "label
 
 _EXPORT_HINT = "write the file again: docs/data.md describes the six arrays"
 # What numpy and zipfile raise on broken archives; RuntimeError stands for encrypted members.
-_READ_ERRORS = (
+READ_ERRORS = (
     OSError,
     ValueError,
     EOFError,
@@ -88,10 +92,14 @@ def read_npz_layout(
         raise DataError(f"file={path} expected one image shape, found {shapes}", _EXPORT_HINT)
     source = f"{path.name}:{md5}"
     examples: list[Example] = []
+    # Identical images are told apart by a number.
+    seen: Counter[str] = Counter()
     for split, split_images in zip(SPLITS, images, strict=True):
         labels = _labels(path, split, arrays[f"{split}_labels"], len(split_images))
         for index, label in enumerate(labels.tolist()):
-            example_id = f"{md5}/{split}/{index:06d}"
+            digest = pixel_hash(split_images[index])
+            example_id = keyed_hash(key, "example", digest, seen[digest])
+            seen[digest] += 1
             examples.append(Example(example_id, source, index, label, example_id, site, split))
     if not len(images[0]):
         raise DataError(f"file={path} train_images=0 expected at least one image", _EXPORT_HINT)
@@ -110,7 +118,7 @@ def _read_arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
             if missing:
                 raise DataError(f"file={path} lacks {', '.join(missing)}", _EXPORT_HINT)
             arrays = {key: archive[key] for key in KEYS}
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise _unreadable(path, error) from error
     for key, array in arrays.items():
         # numpy hands out the bytes of a member that is not in its own format.

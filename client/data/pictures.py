@@ -3,7 +3,8 @@
 What comes out is what a viewer shows: palettes and CMYK become RGB, an orientation noted by a
 camera (EXIF) is applied, transparency is dropped (the published loaders do so too, and the RGBA
 files of PAD-UFES-20 are opaque). Grey of 16 bits keeps them; RGB of 16 bits comes as 8, as Pillow
-reads it. Of several pages or animation frames the first is used.
+reads it. Of several pages or animation frames the first is used. White is the highest value, also
+where a TIFF says that its white is zero: Pillow turns 8 bits round itself, and 16 are turned here.
 
 Invariant: `read_picture` returns sound pixels or raises a `DataError` whose text is one of a few
 reasons: it names no file, so that reasons can be counted and logged.
@@ -26,6 +27,8 @@ Pixels = npt.NDArray[np.uint8 | np.uint16]
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 # The largest mammograms have 15 million. A small file may claim far more than memory holds.
 MAX_PIXELS = 100_000_000
+# A tag of TIFF 6.0, section 8, and its value for inverted grey.
+PHOTOMETRIC_INTERPRETATION, WHITE_IS_ZERO = 262, 0
 
 EMPTY = "empty file"
 IRREGULAR = "not a regular file"
@@ -44,7 +47,9 @@ def read_picture(path: Path) -> Pixels:
         path: The file; its name's ending does not matter.
 
     Returns:
-        uint8 or uint16, (h, w) grey or (h, w, 3) RGB; its values span the full range of the type.
+        uint8 or uint16, (h, w) grey or (h, w, 3) RGB. 0 is taken for black and the type's highest
+        value for white: nothing in a picture tells that 12 bits were put into 16, and such a one
+        stays dark.
 
     Raises:
         DataError: The file cannot be opened, is empty, no picture, damaged, too large, or of a kind
@@ -96,8 +101,15 @@ def _decode(file: object) -> Pixels:
         if image.width * image.height > MAX_PIXELS:
             raise DataError(TOO_LARGE, _HINT)
         image.load()
-        upright = _upright(image)
-        return _pixels(upright)
+        pixels = _pixels(_upright(image))
+        # Asked of the file: an image that was turned upright has no tags.
+        return 65535 - pixels if _is_inverted(image) else pixels
+
+
+def _is_inverted(image: Image.Image) -> bool:
+    """Whether 0 is white and Pillow left it so, which it does with 16 bits of grey alone."""
+    tags = getattr(image, "tag_v2", {})
+    return image.mode.startswith("I;16") and tags.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
 
 
 def _upright(image: Image.Image) -> Image.Image:

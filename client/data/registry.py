@@ -111,6 +111,7 @@ def listing_of(source: DataSource) -> tuple[Listing, object]:
             label_key=source.label_key,
             frames=source.frames,
             classes=source.classes,
+            window=source.window,
         )
         return listing, DicomOptions(source.window)
     from client.data import layouts
@@ -153,6 +154,4 @@ def _medmnist(source: DataSource, site: str, key: bytes) -> ImageDataset:
 
 def _own_file(path: Path, classes: tuple[str, ...], site: str, key: bytes) -> ImageDataset:
     require_npz(path)
-    return read_npz_layout(
-        path, dataset=NPZ, classes=classes, md5=md5_of(path), site=site, key=key
-    )
+    return read_npz_layout(path, dataset=NPZ, classes=classes, md5=md5_of(path), site=site, key=key)

@@ -185,8 +185,12 @@ def _columns(path: Path, header: Sequence[str], needed: Sequence[str]) -> tuple[
     columns = tuple(name.strip().casefold() for name in header)
     repeated = [name for name, count in Counter(columns).items() if name and count > 1]
     if repeated:
+        first = columns.index(repeated[0])
+        again = columns.index(repeated[0], first + 1)
         raise DataError(
-            f"csv={path} column={repeated[0]} stands twice in its header", "rename one of them"
+            # By position: without a header these are values of a row, and may name a patient.
+            f"csv={path} columns {first + 1} and {again + 1} of its header have the same name",
+            "the first line names the columns, each another",
         )
     missing = [name for name in needed if name not in columns]
     if missing:

@@ -159,7 +159,11 @@ def files_with_their_reasons():
             "MR_truncated.dcm",
             "JPEG2000-embedded-sequence-delimiter.dcm",
         ),
-        "DICOM header truncated or damaged": ("badVR.dcm",),
+        "DICOM header truncated or damaged": (
+            "badVR.dcm",
+            "no_meta_group_length.dcm",  # an image by its file meta information, and none in it
+            "priv_SQ.dcm",
+        ),
         "DICOM object without an image": (
             "rtplan.dcm",
             "rtplan_truncated.dcm",
@@ -168,10 +172,8 @@ def files_with_their_reasons():
             "waveform_ecg.dcm",
             "meta_missing_tsyntax.dcm",
             "nested_priv_SQ.dcm",
-            "priv_SQ.dcm",
             "ExplVR_BigEndNoMeta.dcm",
             "ExplVR_LitEndNoMeta.dcm",
-            "no_meta_group_length.dcm",
             "dicomdirtests/DICOMDIR",
         ),
         "not a DICOM file": ("README.txt", "zipMR.gz", "crayons.icc", "no_meta.dcm"),
@@ -534,7 +536,7 @@ def test_a_file_with_an_empty_transfer_syntax_is_read(tmp_path):
     [
         (b"", "empty file"),
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 200, "not a DICOM file"),
-        (b"\0" * 128 + b"DICM", "DICOM object without an image"),
+        (b"\0" * 128 + b"DICM", "DICOM header truncated or damaged"),
         (b"\0" * 200, "not a DICOM file"),
         (b"\x08\0", "not a DICOM file"),
         (b"file,label\n" * 50, "not a DICOM file"),

@@ -101,6 +101,42 @@ def test_big_endian_grey_has_the_machines_byte_order(tmp_path):
     assert np.array_equal(read, deep)
 
 
+def tiff(pixels: np.ndarray, photometric: int, orientation: int = 1) -> bytes:
+    """A TIFF of one strip; Pillow writes none whose white is zero."""
+    height, width = pixels.shape
+    content = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
+    tags = [
+        (256, width),
+        (257, height),
+        (258, 8 * pixels.dtype.itemsize),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (274, orientation),
+        (277, 1),
+        (278, height),
+        (279, len(content)),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = b"II*\0" + struct.pack("<I", 8 + len(content)) + content
+    return head + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("orientation", [1, 3])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_a_tiff_whose_white_is_zero_is_shown_as_it_is_meant(tmp_path, kind, orientation):
+    pixels = np.array([[0, 1, 100], [2, 50, 255]], kind)
+    path = tmp_path / "a.tiff"
+    path.write_bytes(tiff(pixels, 1, orientation))
+    black_is_zero = read_picture(path)
+    turned = pixels if orientation == 1 else pixels[::-1, ::-1]
+    assert np.array_equal(black_is_zero, turned)
+    path.write_bytes(tiff(pixels, 0, orientation))
+    white_is_zero = read_picture(path)
+    assert white_is_zero.dtype == kind
+    assert np.array_equal(white_is_zero, np.iinfo(kind).max - black_is_zero)
+
+
 def test_a_noted_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side

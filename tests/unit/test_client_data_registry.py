@@ -129,3 +129,17 @@ def test_training_on_files_gives_the_bytes_of_training_on_their_pixels(tmp_path,
     assert same(trained.update, expected.update)
     assert trained.loss == expected.loss
     assert judged == expected_sums
+
+
+def test_an_npz_files_ids_hide_behind_the_sites_key(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split in ("train", "val", "test"):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (4, 8, 8), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.arange(4) % 2
+    np.savez(tmp_path / "own.npz", **arrays)
+    own = source(dataset="npz", file=tmp_path / "own.npz", classes=("a", "b"))
+    states = (None, tmp_path / "a", tmp_path / "b")
+    loaded = [load(own, ["A"], state).manifest for state in states]
+    assert len({e.example_id for manifest in loaded for e in manifest.examples}) == 3 * 12
+    assert load(own, ["A"], tmp_path / "a").manifest == loaded[1]

@@ -79,7 +79,7 @@ def test_short_rows_are_filled_and_long_ones_counted(write):
         ('a,b\n1,"2\n3,4\n', r"line 3 cannot be read: unexpected end of data$"),
         ('a,b\n1,"2"3\n', r"line 2 cannot be read: "),
         ("a,b\n" + "x" * 200_000, r"line 2 cannot be read: field larger than"),
-        ("a,b,A\n1,2,3\n", r"column=a stands twice in its header$"),
+        ("a,b,A\n1,2,3\n", r"columns 1 and 3 of its header have the same name$"),
         ("", r"lacks the column file, label$"),
         ("name,label\n", r"lacks the column file$"),
     ],
@@ -89,6 +89,12 @@ def test_a_table_that_is_not_what_it_seems_is_refused(write, content, message):
         read_table(write(content), ("file", "label") if "column file" in message else ())
     assert error.value.hint
     assert "\n" not in str(error.value)
+
+
+def test_a_first_row_that_is_no_header_is_not_quoted(write):
+    with pytest.raises(DataError, match=r"columns 2 and 3 of") as error:
+        read_table(write("a.png,Smith,Smith\nb.png,Jones,Jones\n"), ("file", "label"))
+    assert "smith" not in f"{error.value} {error.value.hint}".casefold()
 
 
 def test_a_table_that_is_not_there_is_an_error(tmp_path):

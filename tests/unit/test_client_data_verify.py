@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -225,3 +226,53 @@ def test_the_real_rows_of_fetal_planes_differ_in_what_is_missing():
     assert lines[0] == "table         rows: 13, published 12400"
     assert "table         patients: 6, published 1792" in lines
     assert lines[-1] == "left out      row whose file is missing: 13"
+
+
+def with_arrays(folder, **changes):
+    miniature("breastmnist", folder, per_class=2)
+    arrays = dict(np.load(folder / "breastmnist.npz"))
+    np.savez(folder / "breastmnist.npz", **(arrays | changes))
+    return differences("breastmnist", folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"val_labels": np.array(1)}, "labels: int64(), expected an integer for each image"),
+        ({"val_labels": np.array(["a"] * 4)}, "labels: <U1(4,), expected an integer for each"),
+        ({"val_labels": np.ones(4)}, "labels: float64(4,), expected an integer for each image"),
+        ({"val_labels": np.ones((4, 3), int)}, "labels: int64(4, 3), expected an integer for"),
+        ({"val_labels": np.array([0, 1, 1, 10**13])}, "labels outside the classes: [10000000000"),
+        ({"val_labels": np.array([0, 1, 1, -1])}, "labels outside the classes: [-1]"),
+        ({"val_images": np.array(7, np.uint8)}, "images: a single number, published 78"),
+    ],
+)
+def test_an_array_of_another_kind_is_a_difference(tmp_path, changes, line):
+    lines = with_arrays(tmp_path, **changes)
+    assert any(found.startswith(f"val           {line}") for found in lines), lines
+    # The split after it is compared all the same.
+    assert "test          images: 4, published 156" in lines
+
+
+def test_many_labels_outside_the_classes_stay_one_short_line(tmp_path):
+    lines = with_arrays(tmp_path, val_labels=np.arange(1000))
+    assert "val           labels outside the classes: 998, such as [2, 3, 4, 5, 6]" in lines
+
+
+def test_damaged_bytes_inside_an_array_are_a_difference(tmp_path):
+    miniature("breastmnist", tmp_path, per_class=2)
+    path = tmp_path / "breastmnist.npz"
+    arrays = dict(np.load(path))
+    np.savez_compressed(path, **arrays)
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo("train_labels.npy")
+    content = bytearray(path.read_bytes())
+    start = (
+        member.header_offset
+        + 30
+        + int.from_bytes(content[member.header_offset + 28 :][:2], "little")
+        + len(member.filename)
+    )
+    content[start] |= 6  # a block type that deflate does not have
+    path.write_bytes(content)
+    assert "cannot be read: Error -3" in differences("breastmnist", tmp_path)[-1]

@@ -3,8 +3,10 @@
 Left alone (flwr 1.41, over TLS) Flower's node takes any error with "ssl" in its text for a wrong
 certificate, also a handshake that a network fault cuts. It then leaves its main loop while its
 local HTTP server keeps the process: a node that looks alive and never connects again. A heartbeat
-thread that dies leaves another such. And it takes a piece of a reply of which only the receipt was
-lost, or late on a slow line, for one that the coordinator refuses, and gives the whole reply up.
+thread that dies leaves another such. It takes a piece of a reply of which only the receipt was
+lost, or late on a slow line, for one that the coordinator refuses, and gives the whole reply up. Where
+a run ends just as its instruction has come, it forgets that an answer will follow, sends that in
+place of the next one, and stays an answer behind for ever.
 
 Invariant: this process is connected, trying to connect, or gone; and it does not outlive its
 parent. Started by :mod:`client.supervisor` as ``python -m client.supernode PARENT_PID OPTIONS``.
@@ -21,8 +23,14 @@ import traceback
 from typing import Any, NoReturn
 
 import httpx
-from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ConfirmMessageReceivedResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
 from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
+from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -32,6 +40,7 @@ HOPELESS = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")
 # Pieces are of 5 MiB and two travel at once; from one to the next a coordinator waits 180 s.
 PIECE_SECONDS = 150.0
 PUSH_OBJECT = "/v1/fleet/push-object"
+PULL_OBJECT = "/v1/fleet/pull-object"
 FAILED = 1
 
 
@@ -65,13 +74,20 @@ def patient_retries() -> RetryInvoker:
     def give_up(error: Exception) -> bool:
         if isinstance(error, httpx.TransportError):
             return any(word in str(error) for word in HOPELESS)
-        return by_status(error)
+        try:
+            return by_status(error)
+        except RunNotRunningException as over:
+            assert isinstance(error, httpx.HTTPStatusError)
+            if error.request.url.path == PULL_OBJECT:
+                # Flower forgets a message that it fails to fetch, but not for that exception.
+                raise ConnectionAbortedError("the run ended while it was fetched") from over
+            raise
 
     retries.should_giveup = give_up
     return retries
 
 
-class ReceiptKeepingClient(FleetHttpClient):
+class PatientClient(FleetHttpClient):
     """Flower's client, which may lose the receipt for a piece and still knows that it was sent.
 
     A coordinator takes each piece once and refuses it from then on.
@@ -95,6 +111,18 @@ class ReceiptKeepingClient(FleetHttpClient):
             self._unsure.discard(piece)
         return response
 
+    def ConfirmMessageReceived(  # noqa: N802
+        self, request: ConfirmMessageReceivedRequest
+    ) -> ConfirmMessageReceivedResponse:
+        """Say that an instruction is here, also to a coordinator that has ended its run."""
+        try:
+            return super().ConfirmMessageReceived(request)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != httpx.codes.FORBIDDEN:
+                raise
+            # Its answer is on the way already, and the node has to wait for it.
+            return ConfirmMessageReceivedResponse()
+
     def _unary_unary(self, *, path: str, timeout: float | None = None, **rest: Any) -> Any:
         if path == PUSH_OBJECT:
             timeout = PIECE_SECONDS
@@ -103,7 +131,7 @@ class ReceiptKeepingClient(FleetHttpClient):
 
 OURS = {
     "make_simple_http_retry_invoker": patient_retries,
-    "FleetHttpClient": ReceiptKeepingClient,
+    "FleetHttpClient": PatientClient,
 }
 
 

@@ -24,6 +24,8 @@ SETTINGS: dict[str, Any] = {
     "strategy__min_sites": 3,
 }
 
+SLOW_LINE = 5_000  # bytes a second: an instruction takes ten seconds and more
+
 
 @pytest.fixture(scope="session")
 def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
@@ -85,6 +87,11 @@ def wait_until_arrived(federation: Federation, site: str, server_round: int) -> 
         f"the update of site={site} in round={server_round} arrives",
         federation.logs,
     )  # fmt: skip
+
+
+def fetched(federation: Federation, site: str) -> int:
+    """How many instructions to train a site's node has begun to fetch."""
+    return (federation.state(site) / "supernode.log").read_text().count("Receiving: train")
 
 
 def trained(federation: Federation, site: str, server_round: int) -> int:

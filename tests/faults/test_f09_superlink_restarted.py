@@ -12,9 +12,12 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fakes.federations import Federation
+from fakes.federations import Federation, wait_until
 from faults.real_processes import (
     SETTINGS,
+    SLOW_LINE,
+    answered,
+    fetched,
     repeated,
     require_equal,
     require_intact_logs,
@@ -71,6 +74,27 @@ def test_a_superlink_that_was_away_for_long_gets_the_run_anew(
     assert [trained(federation, site, 2) for site in "ABC"] == [1, 1, 1]
     require_tls_and_keys(federation)
     require_intact_logs(federation)
+
+
+@pytest.mark.fault("F9")
+def test_a_site_that_fetched_its_instruction_meanwhile_is_not_left_behind(
+    federation: Federation, whole: Path
+) -> None:
+    """Flower's node would answer every later instruction one too late."""
+    federation.start_run(**SETTINGS)
+    wait_until(lambda: bool(answered(federation, "C", 1)), "C has done round 1", federation.logs)
+    messages = fetched(federation, "C")
+    federation.links["C"].bytes_per_second = SLOW_LINE
+    wait_until(lambda: fetched(federation, "C") > messages, "C fetches round 2", federation.logs)
+    federation.kill("superlink")
+    federation.wait_for("run", "is lost", seconds=240)
+    federation.links["C"].heal()
+    federation.start_superlink()
+
+    said = federation.end("run")
+    assert said.count("submitted flower_run_id=") == 2
+    require_equal(federation, whole)
+    assert [trained(federation, site, 2) for site in "ABC"] == [1, 1, 1]
 
 
 def require_tls_and_keys(federation: Federation) -> None:

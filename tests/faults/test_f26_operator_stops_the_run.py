@@ -11,8 +11,10 @@ import pytest
 from fakes.federations import Federation, wait_until
 from faults.real_processes import (
     SETTINGS,
+    SLOW_LINE,
     answered,
     asked,
+    fetched,
     repeated,
     require_equal,
     require_intact_logs,
@@ -26,7 +28,6 @@ pytestmark = pytest.mark.timeout(600)
 
 # A site looks every 10 s whether its run goes on: a round of C has to be longer.
 SECONDS, LEAST_STEPS = 20, 1400
-SLOW_LINE = 5_000  # bytes a second: an instruction takes ten seconds and more
 BATCH_SIZE = SETTINGS["training__batch_size"]
 
 
@@ -79,11 +80,6 @@ def test_a_site_that_still_fetches_its_instruction_is_free_for_the_next_run(
     federation.start_resumed()
     federation.end("resumed")
     require_equal(federation, whole)
-
-
-def fetched(federation: Federation, site: str) -> int:
-    """How many instructions a site's node has begun to fetch."""
-    return (federation.state(site) / "supernode.log").read_text().count("Receiving: train")
 
 
 def stop_in_round_2(federation: Federation, name: str, number: signal.Signals, times: int) -> None:

@@ -11,7 +11,12 @@ import time
 
 import httpx
 import pytest
-from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ConfirmMessageReceivedResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
 from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import fleet_http_connection
 
@@ -27,8 +32,11 @@ def play(name, **members):
 
 retries = dict(make_simple_http_retry_invoker=object())
 client = dict(FleetHttpClient=object)
-play("flwr.proto.message_pb2", PushObjectRequest=object, PushObjectResponse=object)
+names = ("PushObjectRequest", "PushObjectResponse")
+names += ("ConfirmMessageReceivedRequest", "ConfirmMessageReceivedResponse")
+play("flwr.proto.message_pb2", **dict.fromkeys(names, object))
 play("flwr.supercore.retry", RetryInvoker=object, **retries)
+play("flwr.supercore.run", RunNotRunningException=BaseException)
 play("flwr.supernode.fleet_http_client", **client)
 play("flwr.supernode.fleet_http_connection", **retries, **client)
 fleet = sys.modules["flwr.supernode.fleet_http_connection"]
@@ -157,8 +165,8 @@ def test_a_cut_handshake_is_no_wrong_certificate(error, hopeless):
     assert give_up(error) is bool(hopeless)
 
 
-def status(code: int) -> httpx.HTTPStatusError:
-    request = httpx.Request("POST", "https://hub.example/v1/fleet/pull-messages")
+def status(code: int, call: str = "pull-messages") -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", f"https://hub.example/v1/fleet/{call}")
     return httpx.HTTPStatusError("", request=request, response=httpx.Response(code, text="{}"))
 
 
@@ -167,6 +175,31 @@ def test_answers_of_the_coordinator_mean_what_flower_says():
     assert give_up(status(500)) is True
     with pytest.raises(RunNotRunningException):
         give_up(status(403))
+
+
+def test_a_message_whose_run_ends_while_it_is_fetched_is_forgotten():
+    """As Flower forgets one that it fails to fetch: by an Exception, which that one is not."""
+    with pytest.raises(ConnectionAbortedError):
+        give_up(status(403, "pull-object"))
+    assert give_up(status(502, "pull-object")) is False
+
+
+def client_of(answer) -> supernode.PatientClient:
+    client = supernode.PatientClient.from_server_address("hub.example:1", True, None, [])
+    client._client = httpx.Client(transport=httpx.MockTransport(answer))
+    return client
+
+
+@pytest.mark.parametrize("codes", [[403], [502, 403], [200]])
+def test_an_instruction_that_has_come_as_its_run_ended_is_answered_all_the_same(codes):
+    """Its answer is on the way, and would else be sent in place of the next one."""
+    left = list(codes)
+    with client_of(lambda request: httpx.Response(left.pop(0), text="{}" * (len(left) > 0))) as it:
+        retries = supernode.patient_retries()
+        retries.wait_gen_factory = lambda: iter([0.0] * 9)
+        response = retries.invoke(it.ConfirmMessageReceived, ConfirmMessageReceivedRequest())
+    assert response == ConfirmMessageReceivedResponse()
+    assert left == []
 
 
 @pytest.mark.parametrize(
@@ -188,8 +221,7 @@ def test_a_piece_whose_receipt_was_lost_was_sent(lost, stored, sent):
         content = PushObjectResponse(stored=stored).SerializeToString()
         return httpx.Response(200, content=content)
 
-    client = supernode.ReceiptKeepingClient.from_server_address("hub.example:1", True, None, [])
-    client._client = httpx.Client(transport=httpx.MockTransport(answer))
+    client = client_of(answer)
     request = PushObjectRequest(session_id="s", object_id="f" * 64, object_content=b"piece")
     with client:
         response = supernode.patient_retries().invoke(client.PushObject, request)

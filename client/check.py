@@ -74,8 +74,10 @@ def _data(config: SiteConfig) -> Iterator[Finding]:
     from client.data.images import FileImages
     from client.data.registry import load
 
-    with _warnings_of("client.data") as told:
-        dataset = load(config.data, [config.site], config.state_dir)
+    with _warnings_of("client.data") as told, tempfile.TemporaryDirectory() as nowhere:
+        # Without a state folder, which is another line's failure, nothing of the images stays.
+        kept = config.state_dir if config.state_dir.is_dir() else Path(nowhere)
+        dataset = load(config.data, [config.site], kept)
     manifest = dataset.manifest
     counts = manifest.class_counts("train")
     text = f"{config.run_dataset}: {counts.sum()} training images ({_by_class(manifest, 'train')})"

@@ -92,6 +92,8 @@ def open_header(file: BinaryIO, tags: Sequence[str]) -> FileDataset:
         header = dcmread(file, stop_before_pixels=True, force=bare, specific_tags=list(tags))
         for tag in tags:  # elements are parsed when asked for; the damage is to show here
             header.get(tag)
+        for tag in header.file_meta.dir():
+            header.file_meta.get(tag)
         if not bare and _is_cut(file, header.file_meta.get("FileMetaInformationGroupLength")):
             raise EOFError
         if not header.file_meta.get("TransferSyntaxUID"):

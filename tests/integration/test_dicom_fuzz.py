@@ -33,14 +33,14 @@ FILES = (
     "image_dfl",
     "liver_1frame",
 )
-SECONDS = 12
+CASES = 500  # of each seed; others by hand: tests/fakes/dicom_fuzz.py SEED CASES FILES
 
 
-@pytest.mark.parametrize("seed", [0, int.from_bytes(os.urandom(2))])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_damaged_files_are_read_or_refused(seed):
     result = subprocess.run(
         [
-            *(sys.executable, ROOT / "tests" / "fakes" / "dicom_fuzz.py", str(seed), str(SECONDS)),
+            *(sys.executable, ROOT / "tests" / "fakes" / "dicom_fuzz.py", str(seed), str(CASES)),
             *(WHEEL / f"{name}.dcm" for name in FILES),
         ],
         capture_output=True,
@@ -53,7 +53,7 @@ def test_damaged_files_are_read_or_refused(seed):
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 0, f"{last} {result.stdout[-2000:]}"
     report = json.loads(result.stdout)
-    assert report["cases"] > 100
+    assert report["cases"] == CASES
     # Damage must reach every layer, or this tests nothing.
     for reached in (
         "read",

@@ -4,9 +4,9 @@ Left alone (flwr 1.41, over TLS) Flower's node takes any error with "ssl" in its
 certificate, also a handshake that a network fault cuts. It then leaves its main loop while its
 local HTTP server keeps the process: a node that looks alive and never connects again. A heartbeat
 thread that dies leaves another such. It takes a piece of a reply of which only the receipt was
-lost, or late on a slow line, for one that the coordinator refuses, and gives the whole reply up. Where
-a run ends just as its instruction has come, it forgets that an answer will follow, sends that in
-place of the next one, and stays an answer behind for ever.
+lost, or late on a slow line, for one that the coordinator refuses, and gives the whole reply up.
+Where a run ends just as its instruction has come, it forgets that an answer will follow, sends
+that in place of the next one, and stays an answer behind for ever.
 
 Invariant: this process is connected, trying to connect, or gone; and it does not outlive its
 parent. Started by :mod:`client.supervisor` as ``python -m client.supernode PARENT_PID OPTIONS``.

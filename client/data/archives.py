@@ -7,6 +7,7 @@ files, spreadsheets, hidden files) stays inside. An archive that exists unpacked
 
 from __future__ import annotations
 
+import lzma
 import os
 import shutil
 import stat
@@ -30,7 +31,15 @@ MAX_MEMBERS = 500_000
 # The official archives have one folder around the data and one around the images.
 DEPTH = 3
 # What zipfile raises on broken archives; RuntimeError stands for encrypted members.
-_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError)
+_BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    RuntimeError,
+    NotImplementedError,
+    ValueError,
+)
 
 
 def folders(root: Path, depth: int = DEPTH) -> Iterator[Path]:

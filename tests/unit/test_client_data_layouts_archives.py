@@ -118,6 +118,20 @@ def test_a_damaged_archive_leaves_nothing(tmp_path):
         assert below(tmp_path) == [".x.lock", "x.zip"]
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_in_another_compression_is_told_too(tmp_path, method):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", method) as opened:
+        opened.writestr("a.png", PICTURE)
+        info = opened.getinfo("a.png")
+    damaged = bytearray(content.getvalue())
+    start, end = 30 + len(info.filename) + 9, 30 + len(info.filename) + info.compress_size
+    damaged[start:end] = b"\xff" * (end - start)  # behind what describes the compression
+    with pytest.raises(DataError, match=r"archive=x.zip cannot be unpacked"):
+        unpack(archive_of(tmp_path, bytes(damaged)), tmp_path / "x")
+    assert below(tmp_path) == [".x.lock", "x.zip"]
+
+
 def test_an_archive_without_pictures_or_tables_is_refused(tmp_path):
     with pytest.raises(DataError, match="holds no pictures and no table"):
         unpack(archive_of(tmp_path, {"readme.txt": b"x"}), tmp_path / "x")

@@ -26,7 +26,6 @@ from strategies.cli import one_line
 from strategies.errors import ConfigError, FederationError
 
 if TYPE_CHECKING:
-    from client.data.images import FileImages
     from client.data.manifest import ImageDataset, Manifest
 
 # Flower refuses a node whose signed time is more than 300 s off.
@@ -71,7 +70,8 @@ def _code(config: SiteConfig) -> Iterator[Finding]:
 
 
 def _data(config: SiteConfig) -> Iterator[Finding]:
-    from client.data.images import FileImages
+    import numpy as np
+
     from client.data.registry import load
 
     with _warnings_of("client.data") as told, tempfile.TemporaryDirectory() as nowhere:
@@ -95,21 +95,14 @@ def _data(config: SiteConfig) -> Iterator[Finding]:
     yield _splits(manifest)
     yield _patients(manifest)
     yield from _classes(config, dataset)
-    if isinstance(dataset.images, FileImages):
-        size = _cache_bytes(dataset.images)
+    if not isinstance(dataset.images, np.ndarray):
+        size = dataset.images.cache_bytes(CACHE_IMAGE_SIZE)
         text = f"about {size / MIB:.0f} MiB for a run with model.image-size={CACHE_IMAGE_SIZE}"
         free = shutil.disk_usage(config.state_dir).free
         if size > free - MIN_FREE:
             yield Finding("warning", "cache", f"{text}; {free / MIB:.0f} MiB are free")
         else:
             yield Finding("ok", "cache", text)
-
-
-def _cache_bytes(images: FileImages) -> int:
-    """How much the images take, decoded for a model of the usual input size."""
-    depth = max((frame.facts.bits for frame in images.frames), default=8) // 8
-    channels = 3 if images.extent[2] else 1
-    return len(images.frames) * channels * CACHE_IMAGE_SIZE**2 * depth
 
 
 def _by_class(manifest: Manifest, split: str) -> str:

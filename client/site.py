@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.data.images import FileImages, PreparedImages
+from client.data.images import PreparedImages
 from client.data.labels import describe_match, match, unmapped_error
 from client.data.manifest import ImageDataset
 from client.data.transforms import SmallImages, prepare, require_fit
@@ -264,9 +264,9 @@ class Site:
         if name not in self._splits:
             part = self._labelled.subset(self._labelled.manifest.rows(split=name))
             prepared = (
-                part.images.prepared(*shape, check=self.check_work)
-                if isinstance(part.images, FileImages)
-                else prepare(part.images, *shape)
+                prepare(part.images, *shape)
+                if isinstance(part.images, np.ndarray)
+                else part.images.prepared(*shape, check=self.check_work)
             )
             self._splits[name] = Split(prepared, torch.tensor(part.manifest.labels))
         return self._splits[name]

@@ -18,8 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from client.data.manifest import ImageDataset
-
 logger = logging.getLogger(__name__)
 
 # Which copy stays.
@@ -113,23 +111,3 @@ def pixel_hash(pixels: npt.NDArray[np.uint8 | np.uint16]) -> str:
     digest = hashlib.blake2b(f"{pixels.dtype}{pixels.shape}".encode(), digest_size=16)
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
-
-
-def without_duplicates(dataset: ImageDataset, *, remove: bool) -> ImageDataset:
-    """Look for duplicates among images in memory, tell of them, and remove them where asked to.
-
-    Raises:
-        TypeError: The images are in files: `build` has looked at those.
-    """
-    images, manifest = dataset.images, dataset.manifest
-    if not isinstance(images, np.ndarray):
-        raise TypeError("expected images in memory")
-    found = find_duplicates(
-        [pixel_hash(image) for image in images],
-        manifest.labels.tolist(),
-        [example.split for example in manifest.examples],
-        # Where the source names no patient, an example is its own.
-        ["" if e.patient == e.example_id else e.patient for e in manifest.examples],
-    )
-    tell_duplicates(manifest.dataset, found, removed=remove)
-    return dataset.subset(found.kept) if remove and found.groups else dataset

@@ -11,7 +11,6 @@ and a cache belongs to the content it was made from, not to file names.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
@@ -23,9 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from client.data.cache import ImageCache, open_cache
+from client.data.cache import ImageCache, cache_key, open_cache
 from client.data.duplicates import pixel_hash
-from client.data.keyed import PUBLIC_KEY, keyed_hash
 from client.data.manifest import IntArray
 from client.data.pictures import Pixels, read_picture, require_file
 from client.data.rows import Kind
@@ -256,6 +254,16 @@ class FileImages:
             any(f.channels == 3 for f in facts),
         )
 
+    @property
+    def bits(self) -> int:
+        """Bits per channel that a cache keeps of each image, 8 or 16."""
+        return max((frame.facts.bits for frame in self.frames), default=8)
+
+    def cache_bytes(self, image_size: int) -> int:
+        """How much a model of this size adds to the disk."""
+        channels = 3 if self.extent[2] else 1
+        return len(self.frames) * channels * image_size**2 * self.bits // 8
+
     def read(self, row: int) -> Pixels:
         """Decodes one image at its own size, as `decode` does."""
         frame = self.frames[int(self.rows[row])]
@@ -286,16 +294,15 @@ class FileImages:
         from client.data.transforms import require_fit
 
         require_fit(self, image_size, in_channels, small_images)
-        bits = max((frame.facts.bits for frame in self.frames), default=8)
-        shape = Shape(image_size, 3 if self.extent[2] else 1, small_images, bits)
+        shape = Shape(image_size, 3 if self.extent[2] else 1, small_images, self.bits)
         slot = (self.dataset, str(self.root), self.kind, repr(self.options), shape, DECODERS)
         content = [(frame.digest, frame.frame) for frame in self.frames]
         cache = open_cache(
             self.cache_dir,
-            slot=_short(slot),
-            content=_short((slot, content)),
+            slot=cache_key(slot),
+            content=cache_key((slot, content)),
             shape=(len(self.frames), shape.channels, image_size, image_size),
-            dtype=np.dtype(np.uint8 if bits == 8 else np.uint16),
+            dtype=np.dtype(np.uint8 if shape.bits == 8 else np.uint16),
             fill=lambda: self._rendered(
                 shape, num_workers() if workers is None else workers, check
             ),
@@ -376,7 +383,3 @@ def _digest(path: Path) -> str:
 def _unchanged(path: Path, frame: Frame) -> bool:
     status = os.stat(path)
     return (status.st_size, changed_ns(status)) == (frame.size, frame.changed_ns)
-
-
-def _short(value: object) -> str:
-    return keyed_hash(PUBLIC_KEY, "cache", json.dumps(value))

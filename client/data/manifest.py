@@ -25,6 +25,7 @@ from strategies.errors import DataError
 
 if TYPE_CHECKING:
     from client.data.images import FileImages
+    from client.data.stored import StoredImages
 
 SPLITS = ("train", "val", "test")
 
@@ -156,13 +157,13 @@ class ImageDataset:
 
     Attributes:
         manifest: One row per image.
-        images: In memory, uint8, (n, h, w) grey or (n, h, w, 3) RGB; or files that are decoded when
-            they are needed. Row i belongs to manifest.examples[i].
+        images: In memory, uint8, (n, h, w) grey or (n, h, w, 3) RGB; or in a mapped cache; or in
+            files that are decoded when they are needed. Row i belongs to manifest.examples[i].
         provenance: Which file was read; empty for generated images and for folders.
     """
 
     manifest: Manifest
-    images: ImageArray | FileImages
+    images: ImageArray | FileImages | StoredImages
     provenance: Provenance = field(default_factory=lambda: Provenance())
 
     def __post_init__(self) -> None:
@@ -183,7 +184,7 @@ class ImageDataset:
         return len(self.manifest)
 
     def subset(self, rows: Sequence[int] | IntArray) -> ImageDataset:
-        """Some rows, in the order given; images in memory are copied, files are not."""
+        """Some rows, in the order given; images in memory are copied, others are not."""
         positions = np.asarray(rows, dtype=np.int64)
         return ImageDataset(
             self.manifest.subset(positions), self.images[positions], self.provenance

@@ -20,10 +20,10 @@ from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 
-from client.data.download import download, md5_of
+from client.data.download import download
 from client.data.keyed import PUBLIC_KEY
 from client.data.manifest import ImageDataset
-from client.data.npz import read_npz_layout, require_npz
+from client.data.npz import identified, read_npz_layout
 from strategies.cli import nearest
 from strategies.errors import DataError
 
@@ -179,9 +179,11 @@ def read_npz(
     info: DatasetInfo,
     size: int = 28,
     *,
+    cache_dir: Path,
     allow_altered: bool = False,
     site: str = "",
     key: bytes = PUBLIC_KEY,
+    dedupe: bool = False,
 ) -> ImageDataset:
     """Reads a MedMNIST file.
 
@@ -189,9 +191,11 @@ def read_npz(
         path: The file.
         info: Facts of its data set.
         size: Which of the published sizes it is.
+        cache_dir: Where its images are kept.
         allow_altered: Accept a file whose MD5 is not the published one, with a warning.
         site: The site that all examples belong to.
         key: The site's key, for the examples' ids.
+        dedupe: Keep one of several identical images; otherwise they are only counted.
 
     Returns:
         The images of all splits; `provenance` tells the MD5 and whether it is the official one.
@@ -201,8 +205,8 @@ def read_npz(
             contradicts the published facts.
     """
     refuse_multi_label(info)
-    require_npz(path)
-    expected, actual = info.md5[checked_size(size)], md5_of(path)
+    expected, file = info.md5[checked_size(size)], identified(path)
+    actual = file.md5
     if actual != expected:
         if not allow_altered:
             raise DataError(
@@ -214,14 +218,15 @@ def read_npz(
             "file=%s md5=%s expected=%s altered file allowed", path.name, actual, expected
         )
     return read_npz_layout(
-        path,
+        file,
         dataset=info.name,
         classes=info.classes,
-        md5=actual,
+        cache_dir=cache_dir,
         official=actual == expected,
         channels=info.channels,
         site=site,
         key=key,
+        dedupe=dedupe,
     )
 
 

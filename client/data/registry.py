@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from client.data.build import SplitRule, build
-from client.data.download import md5_of
-from client.data.duplicates import without_duplicates
 from client.data.keyed import PUBLIC_KEY, site_data_key
 from client.data.manifest import ImageDataset
 from client.data.medmnist import (
@@ -28,7 +27,7 @@ from client.data.medmnist import (
     read_npz,
     refuse_multi_label,
 )
-from client.data.npz import read_npz_layout, require_npz
+from client.data.npz import identified, read_npz_layout
 from client.data.phantom import phantom
 from client.data.rows import Listing
 from client.data.source import CSV, DICOM, FOLDER, NPZ, PHANTOM, DataSource
@@ -56,16 +55,13 @@ def load(source: DataSource, sites: Sequence[str], state_dir: Path | None = None
     if source.dataset == PHANTOM:
         return phantom(sites, source.patients_per_site, source.stored_size, source.seed)
     site = sites[0] if len(sites) == 1 else ""
-    archive_key = PUBLIC_KEY if state_dir is None else site_data_key(state_dir)
-    if source.dataset == NPZ:
-        assert source.file is not None  # DataSource demands it for dataset=npz
-        dataset = _own_file(source.file.expanduser(), source.classes, site, archive_key)
-        return without_duplicates(dataset, remove=source.dedupe)
-    if source.dataset in medmnist_facts():
-        return without_duplicates(_medmnist(source, site, archive_key), remove=source.dedupe)
-    listing, options = listing_of(source)
-    is_own = source.dataset in (FOLDER, CSV, DICOM)
+    is_own = source.dataset in (NPZ, FOLDER, CSV, DICOM)
     cache = cache_folder(state_dir, private=is_own)
+    if source.dataset == NPZ or source.dataset in medmnist_facts():
+        archive_key = PUBLIC_KEY if state_dir is None else site_data_key(state_dir)
+        read = _own_file if source.dataset == NPZ else _medmnist
+        return read(source, cache_dir=cache, site=site, key=archive_key, dedupe=source.dedupe)
+    listing, options = listing_of(source)
     return build(
         listing,
         key=site_data_key(cache if state_dir is None else state_dir)
@@ -142,16 +138,17 @@ def cache_folder(state_dir: Path | None, *, private: bool = False) -> Path:
     return CACHE_DIR.expanduser() / "images"
 
 
-def _medmnist(source: DataSource, site: str, key: bytes) -> ImageDataset:
+def _medmnist(source: DataSource, **how: Any) -> ImageDataset:
     info = medmnist_info(source.dataset)
     refuse_multi_label(info)
     size = source.stored_size
     wanted = medmnist_path(info, size, source.data_dir)
     find = fetch if source.download and not wanted.exists() else find_npz
     path = find(info.name, size, source.data_dir)
-    return read_npz(path, info, size, allow_altered=source.allow_altered, site=site, key=key)
+    return read_npz(path, info, size, allow_altered=source.allow_altered, **how)
 
 
-def _own_file(path: Path, classes: tuple[str, ...], site: str, key: bytes) -> ImageDataset:
-    require_npz(path)
-    return read_npz_layout(path, dataset=NPZ, classes=classes, md5=md5_of(path), site=site, key=key)
+def _own_file(source: DataSource, **how: Any) -> ImageDataset:
+    assert source.file is not None  # DataSource demands it for dataset=npz
+    file = identified(source.file.expanduser())
+    return read_npz_layout(file, dataset=NPZ, classes=source.classes, **how)

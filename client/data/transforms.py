@@ -12,8 +12,9 @@ leaves that range, so saved or explained images are always viewable.
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
+import numpy as np
 import torch
 from monai.networks.layers.spatial_transforms import AffineTransform
 from monai.transforms.compose import Compose
@@ -27,9 +28,12 @@ from monai.transforms.utility.array import EnsureType
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from client.data.images import FileImages
 from client.data.manifest import ImageArray
 from strategies.errors import DataError
+
+if TYPE_CHECKING:
+    from client.data.images import FileImages
+    from client.data.stored import StoredImages
 
 SmallImages = Literal["resize", "pad"]
 
@@ -85,7 +89,10 @@ def prepare(
 
 
 def require_fit(
-    images: ImageArray | FileImages, image_size: int, in_channels: int, small_images: SmallImages
+    images: ImageArray | FileImages | StoredImages,
+    image_size: int,
+    in_channels: int,
+    small_images: SmallImages,
 ) -> None:
     """Checks what `prepare` would do, without doing it; arguments as there.
 
@@ -93,10 +100,10 @@ def require_fit(
         DataError: Another number of channels, RGB for a one-channel model, or an image too large
             to pad.
     """
-    if isinstance(images, FileImages):
-        height, width, rgb = images.extent
-    else:
+    if isinstance(images, np.ndarray):
         height, width, rgb = *images.shape[1:3], images.ndim == 4
+    else:
+        height, width, rgb = images.extent
     if in_channels not in (1, 3):
         raise DataError(f"in_channels={in_channels} expected 1 or 3", "set in-channels to 1 or 3")
     if rgb and in_channels == 1:

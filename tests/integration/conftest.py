@@ -50,8 +50,9 @@ def run(capsys, caplog):
 
 
 @pytest.fixture
-def own(tmp_path):
+def own(tmp_path, monkeypatch):
     """Write an npz file and a scenario that uses it; returns both."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # keeps its images
 
     def _own(arrays: dict | None = None) -> tuple[Path, Path]:
         file = tmp_path / "own.npz"

@@ -18,7 +18,7 @@ from strategies.errors import DataError
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
 
 
-def opened(folder, images=IMAGES, *, content="c0", slot="s", fill=None):
+def opened(folder, images=IMAGES, *, content="c0", slot="s", fill=None, digest=None):
     return open_cache(
         folder,
         slot=slot,
@@ -26,6 +26,7 @@ def opened(folder, images=IMAGES, *, content="c0", slot="s", fill=None):
         shape=images.shape,
         dtype=images.dtype,
         fill=fill or (lambda: reversed(list(enumerate(images)))),
+        digest=digest,
     )
 
 
@@ -51,6 +52,28 @@ def test_what_was_written_is_read_in_any_order(tmp_path, dtype, channels):
 
 def test_a_cache_of_no_images_is_one_too(tmp_path):
     assert opened(tmp_path, IMAGES[:0]).read(np.arange(0)).shape == (0, 3, 8, 8)
+
+
+def first_bytes(image) -> bytes:
+    return image.tobytes()[:16]
+
+
+def test_what_is_kept_beside_each_image_comes_back_without_reading_it(tmp_path):
+    for fill in (None, never):
+        cache = opened(tmp_path, digest=first_bytes, fill=fill)
+        assert [digest.tobytes() for digest in cache.digests] == list(map(first_bytes, IMAGES))
+        assert np.array_equal(cache.read(np.arange(5)), IMAGES)
+    assert opened(tmp_path, slot="without").digests.shape == (5, 0)
+
+
+def test_a_digest_that_changed_is_made_anew(tmp_path):
+    opened(tmp_path, digest=first_bytes)
+    path = next(tmp_path.glob("*.images"))
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)
+    again = opened(tmp_path, digest=first_bytes)
+    assert again.digests[4].tobytes() == first_bytes(IMAGES[4])
 
 
 def test_what_is_handed_out_is_a_copy(tmp_path):

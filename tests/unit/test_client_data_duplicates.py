@@ -8,23 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.data.duplicates import find_duplicates, pixel_hash, tell_duplicates, without_duplicates
-from client.data.manifest import SPLITS, Example, ImageDataset, Manifest
+from client.data.duplicates import find_duplicates, pixel_hash, tell_duplicates
+from client.data.manifest import SPLITS
 
 PACK = (
     Path(__file__).resolve().parents[3] / "shared" / "data" / "packs" / "otoscopy_viscaino_64.npz"
 )
-
-
-def dataset(values, splits, labels=None) -> ImageDataset:
-    """Images of one grey value each."""
-    labels = [0] * len(values) if labels is None else labels
-    examples = tuple(
-        Example(f"e{i}", "made", i, label, f"e{i}", "A", split)
-        for i, (label, split) in enumerate(zip(labels, splits, strict=True))
-    )
-    images = np.asarray(values, np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
-    return ImageDataset(Manifest("made", ("a", "b"), examples), images)
 
 
 def test_the_copy_that_is_judged_on_stays():
@@ -82,10 +71,11 @@ def test_pixels_alone_decide():
     assert pixel_hash(colour) != pixel_hash(grey)
 
 
-def test_duplicates_are_told_and_stay_unless_asked_to_go(caplog):
+def test_what_crosses_splits_is_a_warning_unless_it_was_removed(caplog):
     caplog.set_level(logging.INFO)
-    data = dataset([1, 1, 2, 3, 3], ["train", "test", "train", "val", "val"], [0, 0, 0, 0, 1])
-    assert without_duplicates(data, remove=False) is data
+    splits = ["train", "test", "train", "val", "val"]
+    found = find_duplicates("xxyzz", [0, 0, 0, 0, 1], splits, [""] * 5)
+    tell_duplicates("made", found, removed=False)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith(
@@ -93,20 +83,19 @@ def test_duplicates_are_told_and_stay_unless_asked_to_go(caplog):
         "label_conflicts=1: identical images in two splits"
     )
     caplog.clear()
-    clean = without_duplicates(data, remove=True)
-    assert [e.example_id for e in clean.manifest.examples] == ["e1", "e2"]
-    assert clean.images[:, 0, 0].tolist() == [1, 2]
+    tell_duplicates("made", found, removed=True)
     assert caplog.records[0].levelno == logging.INFO
     assert caplog.records[0].getMessage().endswith(" removed")
 
 
 def test_harmless_copies_are_no_warning_and_none_is_no_line(caplog):
     caplog.set_level(logging.INFO)
-    without_duplicates(dataset([1, 1], ["train", "train"]), remove=False)
+    harmless = find_duplicates("xx", [0, 0], ["train"] * 2, [""] * 2)
+    tell_duplicates("made", harmless, removed=False)
     assert [record.levelno for record in caplog.records] == [logging.INFO]
     caplog.clear()
-    data = dataset([1, 2], ["train", "test"])
-    assert without_duplicates(data, remove=True) is data
+    none = find_duplicates("xy", [0, 0], ["train", "test"], [""] * 2)
+    tell_duplicates("made", none, removed=True)
     assert not caplog.records
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from client.data.medmnist import (
     find_npz,
     medmnist_facts,
     medmnist_info,
-    read_npz,
     record_url,
 )
+from client.data.medmnist import read_npz as read_npz_into
 from strategies.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +39,12 @@ def altered(tmp_path):
     path = tmp_path / "breastmnist.npz"
     np.savez_compressed(path, **contents)
     return path
+
+
+@pytest.fixture
+def read_npz(tmp_path):
+    """Read a file with its images kept out of the home folder."""
+    return partial(read_npz_into, cache_dir=tmp_path / "cache")
 
 
 def test_facts_cover_the_twelve_sets_in_every_size():
@@ -90,20 +97,35 @@ def test_the_table_in_the_documentation_is_the_facts():
 @pytest.mark.parametrize(
     ("name", "train_counts"), [("breastmnist", [147, 399]), ("pneumoniamnist", [1214, 3494])]
 )
-def test_official_files_are_read_as_published(name, train_counts):
+def test_official_files_are_read_as_published(name, train_counts, read_npz):
     info = medmnist_info(name)
     data = read_npz(find_npz(name, data_dir=FILES), info, site="A")
     counts = {s: len(data.manifest.rows(split=s)) for s in ("train", "val", "test")}
     assert counts == info.examples
     assert data.manifest.class_counts("train").tolist() == train_counts
     assert data.manifest.classes == info.classes
-    assert data.images.shape[1:] == (28, 28)
+    assert data.images.extent == (28, 28, False)
     assert data.provenance == {"file": f"{name}.npz", "md5": info.md5[28], "official": True}
     assert {e.site for e in data.manifest.examples} == {"A"}
 
 
 @needs_files
-def test_one_changed_byte_of_an_official_file_is_an_alteration(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "dedupe", "count", "fingerprint"),
+    [
+        ("breastmnist", False, 780, "3ef8af3fdf29c6a896b34f513bcd8da9"),
+        ("breastmnist", True, 778, "68fd5cd45bc2456b2344681d715784cb"),
+        ("pneumoniamnist", False, 5856, "0ce2947147499bf35b05a05d30b3ba2d"),
+        ("pneumoniamnist", True, 5827, "91647c0c183d6a760fc4b96bcf601801"),
+    ],
+)
+def test_fingerprints_are_those_of_earlier_versions(read_npz, name, dedupe, count, fingerprint):
+    data = read_npz(FILES / f"{name}.npz", medmnist_info(name), site="A", dedupe=dedupe)
+    assert (len(data), data.manifest.fingerprint()[:32]) == (count, fingerprint)
+
+
+@needs_files
+def test_one_changed_byte_of_an_official_file_is_an_alteration(tmp_path, read_npz):
     content = bytearray((FILES / "breastmnist.npz").read_bytes())
     content[len(content) // 2] ^= 1
     path = tmp_path / "breastmnist.npz"
@@ -112,7 +134,7 @@ def test_one_changed_byte_of_an_official_file_is_an_alteration(tmp_path):
         read_npz(path, medmnist_info("breastmnist"))
 
 
-def test_an_altered_file_is_refused_with_both_md5s(altered):
+def test_an_altered_file_is_refused_with_both_md5s(altered, read_npz):
     with pytest.raises(DataError) as error:
         read_npz(altered, medmnist_info("breastmnist"))
     assert (
@@ -122,7 +144,7 @@ def test_an_altered_file_is_refused_with_both_md5s(altered):
     assert "allow-altered = true" in error.value.hint
 
 
-def test_an_altered_file_is_read_when_allowed_and_the_log_says_so(altered, caplog):
+def test_an_altered_file_is_read_when_allowed_and_the_log_says_so(altered, caplog, read_npz):
     with caplog.at_level(logging.WARNING):
         data = read_npz(altered, medmnist_info("breastmnist"), allow_altered=True)
     assert len(data) == 14
@@ -131,23 +153,23 @@ def test_an_altered_file_is_read_when_allowed_and_the_log_says_so(altered, caplo
     assert BREAST_MD5 in caplog.text
 
 
-def test_the_md5_of_another_size_does_not_count(altered):
+def test_the_md5_of_another_size_does_not_count(altered, read_npz):
     with pytest.raises(DataError, match="expected=742edef2a1fd1524b2efff4bd7ba9364"):
         read_npz(altered, medmnist_info("breastmnist"), 64)
 
 
-def test_an_altered_file_still_has_to_match_the_published_channels_and_classes(altered):
+def test_an_altered_file_still_has_to_match_the_published_channels_and_classes(altered, read_npz):
     with pytest.raises(DataError, match="expected RGB"):
         read_npz(altered, medmnist_info("bloodmnist"), allow_altered=True)
 
 
-def test_a_truncated_file_is_called_truncated_not_altered(altered):
+def test_a_truncated_file_is_called_truncated_not_altered(altered, read_npz):
     altered.write_bytes(altered.read_bytes()[:-30])
     with pytest.raises(DataError, match="truncated or no npz file"):
         read_npz(altered, medmnist_info("breastmnist"))
 
 
-def test_multi_label_sets_are_refused(altered):
+def test_multi_label_sets_are_refused(altered, read_npz):
     with pytest.raises(DataError, match=r"chestmnist.*multi-label, which is not supported yet"):
         read_npz(altered, medmnist_info("chestmnist"))
 

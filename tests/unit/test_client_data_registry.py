@@ -131,7 +131,8 @@ def test_training_on_files_gives_the_bytes_of_training_on_their_pixels(tmp_path,
     assert judged == expected_sums
 
 
-def test_an_npz_files_ids_hide_behind_the_sites_key(tmp_path):
+def test_an_npz_files_ids_hide_behind_the_sites_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     rng = np.random.default_rng(0)
     arrays = {}
     for split in ("train", "val", "test"):

@@ -19,6 +19,12 @@ needs_files = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    """Keep the images of a simulation out of the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
 @pytest.fixture
 def own_file(tmp_path):
     contents = {}

@@ -11,6 +11,7 @@ import pytest
 
 from client.data.catalogue import catalogue, entry, file_backed_names
 from client.data.verify import verify
+from fakes import npz_files
 from fakes.miniatures import miniature
 from strategies.errors import DataError
 
@@ -103,7 +104,7 @@ def test_a_file_without_an_array_or_of_no_archive_is_a_difference(tmp_path):
     ]
     np.savez(path, train_images=np.zeros((1, 28, 28), np.uint8))
     assert differences("breastmnist", tmp_path)[-1].startswith(
-        "file          breastmnist.npz cannot be read: "
+        "file          file=breastmnist.npz lacks train_labels"
     )
     path.write_bytes(b"no archive")
     assert "truncated or no npz file" in differences("breastmnist", tmp_path)[-1]
@@ -115,6 +116,16 @@ def test_an_array_of_objects_is_not_unpickled(tmp_path):
     arrays["train_labels"] = np.array([print, print], dtype=object)
     np.savez(tmp_path / "breastmnist.npz", allow_pickle=True, **arrays)
     assert "Object arrays cannot be loaded" in differences("breastmnist", tmp_path)[-1]
+
+
+def test_labels_that_memory_does_not_hold_are_not_read(tmp_path):
+    miniature("breastmnist", tmp_path, per_class=2)
+    path = tmp_path / "breastmnist.npz"
+    contents = dict(np.load(path))
+    large = npz_files.member(contents["train_labels"], shape=(2**40,))
+    announced = {"train_labels": 128 + 2**40}
+    npz_files.write_members(path, contents | {"train_labels": large}, announced=announced)
+    assert "(1099511627776,) expected at most" in differences("breastmnist", tmp_path)[-1]
 
 
 def test_what_was_left_out_and_what_is_no_picture_is_told(tmp_path, as_small):
@@ -275,4 +286,4 @@ def test_damaged_bytes_inside_an_array_are_a_difference(tmp_path):
     )
     content[start] |= 6  # a block type that deflate does not have
     path.write_bytes(content)
-    assert "cannot be read: Error -3" in differences("breastmnist", tmp_path)[-1]
+    assert "cannot be read: train_labels: Error -3" in differences("breastmnist", tmp_path)[-1]

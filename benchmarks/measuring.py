@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,14 @@ def mean_seconds(work: Callable[[], object]) -> float:
 def median_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
     """Return the median over rounds of one contestant's time over another's."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def status_kib(field: str) -> int:
+    """Return a figure of this process's memory as Linux tells it, such as ``VmHWM``."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
 
 
 def describe_machine() -> dict[str, Any]:

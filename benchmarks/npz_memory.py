@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from loading_works import CLASSES, SIDE, pixels
-from measuring import describe_machine, print_figures, seconds
+from measuring import describe_machine, print_figures, seconds, status_kib
 from numpy.lib import format as npy
 
 from client.data.registry import load
@@ -69,16 +69,9 @@ WORKS: dict[str, Callable[[Path], None]] = {"site": read, "numpy": read_by_numpy
 def growth(work: str, path: Path) -> tuple[float, float]:
     """Return the MiB that this process grows by at its peak, and the seconds that it takes."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status_kib("VmRSS")
+    before = status_kib("VmRSS")
     taken = seconds(lambda: WORKS[work](path))
-    return (_status_kib("VmHWM") - before) / 1024, taken
-
-
-def _status_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}")
+    return (status_kib("VmHWM") - before) / 1024, taken
 
 
 def in_fresh_process(work: str, path: Path) -> tuple[float, float]:

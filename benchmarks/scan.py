@@ -49,6 +49,7 @@ from measuring import (
     mean_seconds,
     median_ratio,
     print_figures,
+    status_kib,
 )
 from scan_fused import fused_figures
 from scan_peers import BATCH, SCANS, forward, make_inputs, train
@@ -127,16 +128,9 @@ def extra_memory(name: str) -> float:
     inputs, grad_y = make_inputs(*STAGES[1])
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status_kib("VmRSS")
+    before = status_kib("VmRSS")
     train(name, inputs, grad_y)
-    return (_status_kib("VmHWM") - before) / 1024
-
-
-def _status_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}")
+    return (status_kib("VmHWM") - before) / 1024
 
 
 def memory_figures() -> Figures:

@@ -122,11 +122,12 @@ def member(archive: zipfile.ZipFile, key: str) -> Member:
             reason = f"expected an array of numpy's format ({type(error).__name__})"
             raise ValueError(reason) from error
     found = Member(file, key, info, start.taken, shape, dtype, fortran_order)
-    size, announced = math.prod(shape) * dtype.itemsize, info.file_size - start.taken
+    announced = info.file_size - start.taken
+    fits = min(shape, default=0) >= 0 and math.prod(shape) * dtype.itemsize == announced
     # Of objects nobody knows the size; they are refused unread.
-    if min(shape, default=0) < 0 or (announced != size and not dtype.hasobject):
+    if not fits and not dtype.hasobject:
         raise DataError(
-            f"{found} expected {size} bytes of data, the archive announces {announced}", COPY_HINT
+            f"{found} expected to fill the {announced} bytes that the archive announces", COPY_HINT
         )
     return found
 

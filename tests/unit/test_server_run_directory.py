@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
+from server import run_directory
 from server.run_directory import (
     CHECKPOINTS,
     CONFIG,
@@ -38,6 +41,23 @@ def test_a_new_directory_holds_its_configuration_and_a_place_for_checkpoints(dir
     assert sorted(path.name for path in directory.path.iterdir()) == [CHECKPOINTS, CONFIG]
     assert directory.config() == DOCUMENT
     assert (directory.path / CONFIG).read_text().endswith("}\n")
+
+
+def test_a_runs_figures_are_for_nobody_else_on_the_machine(directory):
+    assert stat.S_IMODE(directory.path.stat().st_mode) == 0o700
+
+
+def test_a_directory_that_could_not_be_made_whole_is_not_there(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(run_directory, "write_atomic", full)
+    with pytest.raises(ConfigError) as caught:
+        RunDirectory.create(tmp_path / "first", DOCUMENT)
+    assert str(caught.value) == (
+        f"output={tmp_path / 'first'} cannot be made (No space left on device)"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_directory_is_refused_and_not_touched(directory):

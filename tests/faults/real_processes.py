@@ -41,11 +41,22 @@ class Hospitals:
         self._make = make
         self._open = ExitStack()
         self._federation: Federation | None = None
+        self._whole: Path | None = None
 
     def get(self) -> Federation:
         if self._federation is None:
             self._federation = self._open.enter_context(self._make())
         return self._federation
+
+    def whole(self) -> Path:
+        """Return the directory of a run with ``SETTINGS`` that nothing happened to; made once."""
+        if self._whole is None:
+            federation = self.get()
+            federation.begin("runs/whole")
+            federation.start_run(**SETTINGS)
+            federation.end("run")
+            self._whole = federation.run_dir
+        return self._whole
 
     def give_up(self) -> None:
         """End it, and leave its files to be looked at."""
@@ -71,20 +82,18 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
     hospitals.give_up()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def whole(hospitals: Hospitals) -> Path:
     """The directory of a run with ``SETTINGS`` that nothing happened to."""
-    federation = hospitals.get()
-    federation.begin("runs/whole")
-    federation.start_run(**SETTINGS)
-    federation.end("run")
-    return federation.run_dir
+    return hospitals.whole()
 
 
 @pytest.fixture
 def federation(hospitals: Hospitals, request: pytest.FixtureRequest) -> Iterator[Federation]:
     """The federation with everything up and a new run's name."""
     try:
+        if "whole" in request.fixturenames:
+            hospitals.whole()
         federation = hospitals.get()
         federation.begin(f"runs/{request.node.name}")
         yield federation

@@ -13,7 +13,7 @@ from fakes.federations import Federation, wait_until
 from faults.real_processes import SETTINGS, answered, asked, require_intact_logs, trained
 from server.flower_control import Node
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 # 16 MB, of which one array alone is longer than a piece.
 MODEL = {"model__depths": "1", "model__dims": "768"}

@@ -20,7 +20,7 @@ from server import certificates
 from server.certificates import SERVER_LIFE, issue_server_certificate
 from server.federation import Federation as Coordinator
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 NEW = SERVER_LIFE - certificates.BACKDATED
 COMPILER = shutil.which("cc")

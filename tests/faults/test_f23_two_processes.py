@@ -11,7 +11,7 @@ from fakes.federations import Federation
 from faults.real_processes import SETTINGS, require_equal, require_intact_logs, trained
 from strategies.audit import AuditLog
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.mark.fault(

@@ -27,7 +27,7 @@ from server.run_directory import (
     require_new,
     to_json,
 )
-from strategies.errors import CheckpointError, ConfigError
+from strategies.errors import CheckpointError, ConfigError, QuorumError
 
 DOCUMENT = {"run_uuid": "a1b2", "run_config": {"seed": 3}, "name": "K\u00f6ln"}
 
@@ -206,6 +206,25 @@ def test_the_log_is_closed_when_the_run_fails(directory):
     with pytest.raises(RuntimeError), directory.session():
         raise RuntimeError
     assert logging.getLogger().handlers == handlers
+
+
+def test_a_log_on_a_full_disk_is_told_once_and_hides_no_error(directory, caplog, capsys):
+    (directory.path / LOG).symlink_to("/dev/full")
+
+    def run():
+        with directory.session():
+            for word in ("first", "second"):
+                logging.getLogger("a.module").warning(word)
+            raise QuorumError("too few")
+
+    with pytest.raises(QuorumError, match="too few"):
+        run()
+    assert caplog.messages == [
+        "first",
+        "log.txt is not written any more (No space left on device)",
+        "second",
+    ]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_resumed_run_continues_its_log(directory):

@@ -160,6 +160,8 @@ def _allowed(site: Site, instruction: Instruction, reply: Reply) -> Reply:
     work = _train if instruction.task == "train" else _evaluate
     answer = work(site, instruction, reply)
     if site.results:
+        if instruction.task == "train":
+            site.finish_round(instruction.run_uuid)
         site.results.keep(instruction, answer)
     return answer
 

@@ -31,7 +31,7 @@ class _Followed(BaseModel):
         issued_ms: When it was issued.
         runs: Every run's name and the hash of its settings.
         rounds: Every run's newest round that was trained here.
-        repeats: How often training of that round, or of the one before, was begun again.
+        trained: How many updates came of that round, or of the one before when asked for again.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -40,7 +40,7 @@ class _Followed(BaseModel):
     issued_ms: int = -1
     runs: dict[str, str] = {}
     rounds: dict[str, int] = {}
-    repeats: dict[str, int] = {}
+    trained: dict[str, int] = {}
 
 
 def follow(path: Path, order: Order, record: Callable[[], object]) -> None:
@@ -81,26 +81,38 @@ def begin_round(path: Path, run_uuid: str, server_round: int) -> None:
 
     A coordinator that is killed asks again for its last round, and for the one before where its
     newest checkpoint is damaged. Whoever asks for older ones has recorded them, and whoever asks
-    again and again wants more trainings than the run has rounds.
+    again and again wants more trainings than the run has rounds. What ended without an update (no
+    memory, a stop, a crash) has told nobody anything and does not count.
 
     Raises:
-        RefusalError: The run is further, or the round was begun too often, or the file cannot be
+        RefusalError: The run is further, or the round was trained too often, or the file cannot be
             read.
     """
     followed = _read(path)
     newest = followed.rounds.get(run_uuid, 0)
-    repeats = followed.repeats.get(run_uuid, 0) + 1 if server_round <= newest else 0
+    trained = followed.trained.get(run_uuid, 0) if server_round <= newest else 0
     if server_round < newest - 1:
         raise RefusalError("round-passed", f"round={server_round}: the run is at {newest} here")
-    if repeats > MOST_REPEATS:
+    if trained > MOST_REPEATS:
         raise RefusalError(
-            "round-repeated", f"round={server_round}: begun again {MOST_REPEATS} times here"
+            "round-repeated", f"round={server_round}: trained again {MOST_REPEATS} times here"
         )
     changes = {
         "rounds": {**followed.rounds, run_uuid: max(newest, server_round)},
-        "repeats": {**followed.repeats, run_uuid: repeats},
+        "trained": {**followed.trained, run_uuid: trained},
     }
     _write(path, followed.model_copy(update=changes))
+
+
+def finish_round(path: Path, run_uuid: str) -> None:
+    """Count an update of the round begun last, before it is kept or sent.
+
+    Raises:
+        RefusalError: The file cannot be read.
+    """
+    followed = _read(path)
+    trained = {**followed.trained, run_uuid: followed.trained.get(run_uuid, 0) + 1}
+    _write(path, followed.model_copy(update={"trained": trained}))
 
 
 def forget(path: Path) -> None:

@@ -123,6 +123,8 @@ def _explain(error: OSError | HTTPException, seconds: float) -> str:
         return "refuses the connection: nothing listens there"
     if isinstance(error, TimeoutError):
         return f"does not answer within {seconds:g} s: is a firewall between?"
+    if isinstance(error, ssl.SSLEOFError | ConnectionError):
+        return "ends the connection: is the line, or what is behind a gateway, down?"
     if isinstance(error, ssl.SSLError):
         return f"does not speak TLS as expected ({error.reason})"
     return f"does not answer as an HTTPS server ({type(error).__name__})"

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from client.data.images import PreparedImages
@@ -25,7 +26,7 @@ from client.data.labels import describe_match, match, unmapped_error
 from client.data.manifest import ImageDataset
 from client.data.transforms import SmallImages, prepare, require_fit
 from client.membership import Membership
-from client.orders import begin_round, follow
+from client.orders import begin_round, finish_round, follow
 from client.policy import check_order
 from client.results import Results
 from client.site_config import AUDIT_LOG, RESULTS, SIGNING_KEY, SiteConfig
@@ -39,6 +40,7 @@ from strategies.run_config import ModelSection, RunConfig
 log = logging.getLogger(__name__)
 
 TEST_READS = "test-reads.json"
+TEST_READS_FILE = TypeAdapter(dict[str, str])
 ORDERS = "orders.json"
 
 
@@ -150,6 +152,10 @@ class Site:
             RefusalError: The run has left that round behind.
         """
         begin_round(self.config.state_dir / ORDERS, run_uuid, server_round)
+
+    def finish_round(self, run_uuid: str) -> None:
+        """Note that an update has come of the round begun last."""
+        finish_round(self.config.state_dir / ORDERS, run_uuid)
 
     def begin_work(self) -> None:
         """Start the clock of one instruction; what was aborted before is forgotten."""
@@ -278,11 +284,18 @@ class Site:
         the same run may not, because a choice made on test figures is not a test any more.
 
         Raises:
-            RefusalError: The run has already read the test split with other weights.
+            RefusalError: The run has already read the test split with other weights, or the file
+                that says so cannot be read.
         """
         self._require_memory(TEST_READS, "answered", task="test", status="ok")
         path = self.config.state_dir / TEST_READS
-        reads = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            reads = TEST_READS_FILE.validate_json(path.read_bytes()) if path.exists() else {}
+        except (OSError, ValidationError):
+            log.error("site=%s %s is damaged: restore it from a backup", self.name, TEST_READS)
+            raise RefusalError(
+                "state-unreadable", "the site cannot read which tests it has answered"
+            ) from None
         if reads.setdefault(run_uuid, weights_hash) != weights_hash:
             raise RefusalError("test-read-twice", "this run has already read the test split")
         write_atomic(path, json.dumps(reads, indent=1))

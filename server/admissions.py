@@ -166,8 +166,7 @@ def _require_new(request: EnrolmentRequest, known: Mapping[str, AdmittedSite]) -
             if site.revoked_at:
                 raise ConfigError(
                     f"site={name}: was revoked, and the request has keys from then",
-                    hint="the site makes new keys: it removes the key files from its state folder "
-                    "and runs `python -m client init` again",
+                    hint="the site makes new keys: `python -m client init` with an empty state-dir",
                 )
     site = known.get(request.site)
     if site and not site.revoked_at:

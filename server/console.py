@@ -131,7 +131,10 @@ def finish(path: Path, summary: Mapping[str, Any]) -> int:
     contributed = contribution_lines(read_progress(RunDirectory(path)))
     text = "\n".join([*contributed, "", result_lines(summary, path)])
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding))
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except BrokenPipeError:  # the run is complete all the same
+        log.warning("standard output is closed: the results are in %s", path)
     return 0
 
 

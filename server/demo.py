@@ -35,8 +35,8 @@ def demonstrate(state_dir: Path, port: int | None, state_words: list[str]) -> st
         FederationError: A command did not succeed; its own message stands above this one's.
     """
     address: list[str] = []
-    if port or not (state_dir / FEDERATION).exists():
-        number = str(port or DEFAULT_PORT)
+    if port is not None or not (state_dir / FEDERATION).exists():
+        number = str(DEFAULT_PORT if port is None else port)
         address = ["--address", f"127.0.0.1:{number}", "--port", number]
     _run("server", "init", "--name", NAME, *address, *state_words)
     for site in SITES:

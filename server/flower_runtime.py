@@ -281,7 +281,7 @@ def _superlink_errors(address: str) -> Generator[None]:
     except httpx.HTTPStatusError as error:
         raise FederationError(
             f"flower-superlink at {address} answered HTTP {error.response.status_code}",
-            hint=SAME_STATE,
+            hint=f"its log says why; {SAME_STATE}",
         ) from error
     except httpx.TransportError as error:
         hangs = isinstance(error, httpx.TimeoutException)  # its text may name the TLS handshake

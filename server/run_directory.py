@@ -12,9 +12,10 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import uuid
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ CONFIG, HISTORY, SUMMARY, LOG = "config.json", "history.jsonl", "summary.json", 
 MODEL, REPORT, CHECKPOINTS = "model.safetensors", "report.html", "checkpoints"
 LOCK = ".lock"
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 PACKAGES = ("medmamba-federation", "flwr", "torch", "monai", "numpy", "safetensors")
 
 
@@ -160,7 +162,7 @@ class RunDirectory:
 
     @contextmanager
     def _logging(self) -> Generator[None]:
-        handler = logging.FileHandler(self.path / LOG, encoding="utf-8")
+        handler = _RunLog(self.path / LOG, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         root = logging.getLogger()
         root.addHandler(handler)
@@ -168,7 +170,20 @@ class RunDirectory:
             yield
         finally:
             root.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):  # of a full disk, which has been told
+                handler.close()
+
+
+class _RunLog(logging.FileHandler):
+    """A log file that a full disk ends with one line on the console; the run has its own error."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        logging.getLogger().removeHandler(self)
+        log.error("%s is not written any more (%s)", LOG, error.strerror)
 
 
 def require_new(path: Path) -> None:

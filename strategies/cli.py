@@ -1,7 +1,8 @@
 """What every command line shares: one-line errors, exit codes, suggestions, progress.
 
 Invariant: a person sees ``error:`` and ``hint:``, never a traceback unless ``--debug`` asks for
-one; exit code 2 is a configuration to fix, 1 a failure while running, 130 an interrupt.
+one; exit code 2 is a configuration to fix, 1 a failure while running, 130 an interrupt, 141 a
+reader of the output who left.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from strategies.errors import ConfigError, FederationError
 
+# Whoever read standard output, as `head` does, has seen enough: what a shell makes of SIGPIPE.
+READER_LEFT = 141
 # Of mallopt(3) in glibc; a person who sets one of these in the environment has decided.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
@@ -49,6 +52,9 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> No
             tracebacks and debug logging on.
     """
     debug = "--debug" in arguments
+    # Python has none where the caller closed them.
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     # Set before PyTorch loads its OpenMP runtime (GNU's): a thread that waits spins briefly, then
     # sleeps. Long spinning slows the many small steps of a scan tenfold on shared cores, none slows
     # them threefold on free ones.
@@ -83,6 +89,10 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> No
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130
+    except BrokenPipeError:
+        if debug:
+            raise
+        code = READER_LEFT
     except PermissionError as error:
         if debug:
             raise
@@ -101,7 +111,10 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> No
             kind = type(error).__name__
             report(FederationError(f"{kind}: {error}", "run again with --debug for the traceback"))
             code = FederationError.exit_code
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # so that Python does not try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

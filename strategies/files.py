@@ -82,8 +82,11 @@ def held(lock: Path, refusal: ConfigError) -> Generator[None]:
 
 def append_line(path: Path, line: str) -> None:
     """Append one line and force it to disk before returning; on a full disk nothing of it stays."""
+    is_new = not path.exists()
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
+        if is_new:
+            sync_folder(path.parent)
         length = os.fstat(handle).st_size
         try:
             data = f"{line}\n".encode()

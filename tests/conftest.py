@@ -28,11 +28,8 @@ os.environ |= {
 pytest.register_assert_rewrite("fakes", "faults.real_processes")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
 # Reasons for which a test may be skipped, one a line.
 LISTED_SKIPS = Path(__file__).with_name("skips.txt")
-UNLISTED = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,32 +40,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[UNLISTED] = []
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport]:
     report = yield
-    if report.skipped and isinstance(report.longrepr, tuple):
+    if item.config.getoption("--fail-on-unlisted-skips") and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
         if reason not in LISTED_SKIPS.read_text(encoding="utf-8").splitlines():
-            item.config.stash[UNLISTED].append(f"{report.nodeid}: {reason}")
+            report.outcome = "failed"
+            report.longrepr = (
+                f"skipped for a reason that {LISTED_SKIPS.name} does not have: {reason}"
+            )
     return report
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    strict = session.config.getoption("--fail-on-unlisted-skips")
-    if strict and session.config.stash[UNLISTED] and session.exitstatus == pytest.ExitCode.OK:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    unlisted = terminalreporter.config.stash[UNLISTED]
-    if unlisted and terminalreporter.config.getoption("--fail-on-unlisted-skips"):
-        terminalreporter.section(f"skips that {LISTED_SKIPS.name} does not have", red=True)
-        for line in unlisted:
-            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,8 @@ def test_a_skip_that_is_not_listed_fails_only_when_asked(skipping):
     assert skipping("no reason at all").returncode == 0
     strict = skipping("no reason at all", "--fail-on-unlisted-skips")
     assert strict.returncode == 1
-    assert "test_one.py::test_one: no reason at all" in strict.stdout
+    assert "skipped for a reason that skips.txt does not have: no reason at all" in strict.stdout
+    assert "FAILED test_one.py::test_one" in strict.stdout
 
 
 def test_every_listed_reason_is_allowed(skipping, repository):

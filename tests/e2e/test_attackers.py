@@ -323,19 +323,23 @@ class Attacked:
 @pytest.fixture(scope="module")
 def attacked(federation: Federation) -> Iterator[Attacked]:
     sites = {name: HostileSite(federation, name) for name in HOSTILE}
-    for name, site in sites.items():
-        site.plan = {
-            server_round: case.misdeed for (server_round, who), case in CASES.items() if who == name
-        }
-        federation.wait_for("superlink", "admitted=")
-        site.start()
-    submit(federation)
-    federation.start_run(num_server_rounds=LAST, strategy__round_timeout_seconds=45)
-    federation.end("run", timeout=400)
-    yield Attacked(sites, federation.audit(federation.state("B")))
-    for site in sites.values():
-        if not site.stopped:
-            site.stop()
+    try:
+        for name, site in sites.items():
+            site.plan = {
+                server_round: case.misdeed
+                for (server_round, who), case in CASES.items()
+                if who == name
+            }
+            federation.wait_for("superlink", "admitted=")
+            site.start()
+        submit(federation)
+        federation.start_run(num_server_rounds=LAST, strategy__round_timeout_seconds=45)
+        federation.end("run", timeout=400)
+        yield Attacked(sites, federation.audit(federation.state("B")))
+    finally:
+        for site in sites.values():
+            if not site.stopped:
+                site.stop()
 
 
 @pytest.mark.parametrize("where", CASES, ids=lambda where: f"{where[0]}{where[1]}")

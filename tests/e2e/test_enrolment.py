@@ -88,6 +88,12 @@ def test_a_demo_whose_step_fails_says_which(federation: Federation) -> None:
     ]
 
 
+def test_a_demo_on_a_port_that_cannot_be_says_so(federation: Federation) -> None:
+    done = federation.call("server", "init", "--demo", "--port", "0", code=2)
+    assert done.stderr.startswith("error: address=127.0.0.1:0: expected host:port")
+    assert not federation.server_state.exists()
+
+
 def test_the_superlinks_nodes_follow_the_register(federation: Federation) -> None:
     address = f"127.0.0.1:{federation.port}"
     federation.call("server", "init", "--address", address, "--port", str(federation.port))

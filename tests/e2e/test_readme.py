@@ -173,7 +173,7 @@ def test_the_deployment_commands_train_three_hospitals(readme, copy, shell, back
     for line in commands(block(readme, "<!-- deployment -->")):
         if re.match(r"python -m (server superlink|client --site)", line):
             log = background(line)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while not re.search("Uvicorn running|site=. connecting", log.read_text()):
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.1)

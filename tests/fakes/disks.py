@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Protocol
 
 FILLER = "filler"
 PIECE = 1 << 16
+PAGE = 1 << 12
 
 
 class Disk(Protocol):
@@ -66,31 +68,36 @@ class FileLimit:
 
 
 @contextmanager
-def small_disk(folder: Path, longest: Path, megabytes: int = 4) -> Iterator[Disk]:
+def small_disk(folder: Path, longest: Path, room: int = 1 << 22) -> Iterator[Disk]:
     """Put a folder, with what is in it, on a disk that a test can fill, and afterwards back.
 
     Args:
         folder: Used by no process yet.
         longest: The file whose length is the limit where mounting is refused.
-        megabytes: Of the disk.
+        room: Bytes of the disk beside what the folder holds already.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before, after = (folder.with_name(f"{folder.name}.{when}") for when in ("before", "after"))
-    shutil.copytree(folder, before)
-    options = f"size={megabytes}m,mode=0700"
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode:
-        yield FileLimit(longest)
-        return
-    try:
-        shutil.copytree(before, folder, dirs_exist_ok=True)
-        folder.chmod(0o700)
-        yield SmallDisk(folder)
-    finally:
-        shutil.copytree(folder, after)
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-        shutil.copytree(after, folder, dirs_exist_ok=True)
+    held = sum(path.stat().st_size + PAGE for path in folder.rglob("*"))
+    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+        before, after = Path(aside, "before"), Path(aside, "after")
+        shutil.copytree(folder, before)
+        options = f"size={held + room},mode=0700"
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
+            capture_output=True,
+            check=False,
+        )
+        if mounted.returncode:
+            yield FileLimit(longest)
+            return
+        try:
+            shutil.copytree(before, folder, dirs_exist_ok=True)
+            folder.chmod(0o700)
+            try:
+                yield SmallDisk(folder)
+            finally:
+                shutil.copytree(folder, after)
+        finally:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+            if after.exists():
+                shutil.copytree(after, folder, dirs_exist_ok=True)

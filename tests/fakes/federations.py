@@ -99,10 +99,7 @@ class Federation:
         return self.folder / self.run
 
     def begin(self, run: str) -> None:
-        """Have everybody up for a new run, and forget what was logged before.
-
-        A test that failed in between may have left anything.
-        """
+        """Have everybody up and connected for a new run, and forget what was logged before."""
         self.thaw(*self.processes)
         for link in self.links.values():
             link.heal()
@@ -112,10 +109,19 @@ class Federation:
                 del self.processes[name]
         if not self.is_up("superlink"):
             self.start_superlink()
-        for site in self.sites:
-            if not self.is_up(site):
-                self.start_sites(site)
+        self._forget_logs()
+        missing = [site for site in self.sites if not self.is_up(site)]
+        for site in missing:
+            self.start_sites(site)
+        for site in missing:
+            self.wait_for(site, f"site={site} connected", seconds=180)
+        wait_until(
+            lambda: all(map(self.is_online, self.sites)), "all sites are connected", self.logs
+        )
         self.run = run
+        self._forget_logs()
+
+    def _forget_logs(self) -> None:
         for path in self.folder.glob("*.log"):
             self._log_starts[path.stem] = path.stat().st_size
 

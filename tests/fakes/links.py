@@ -29,7 +29,7 @@ class Link:
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.bytes_per_second: float | None = None
         self.carried = self.refused = self.lost_receipts = 0
-        self._cut = False
+        self._cut = self._silent = False
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._lock = threading.Lock()
         self._free_at = 0.0
@@ -47,9 +47,13 @@ class Link:
         for pair in pairs:
             _close(pair)
 
+    def silence(self) -> None:
+        """Let nothing through any more, without a word to either end, as a dead cable does."""
+        self._silent = True
+
     def heal(self) -> None:
         """Let connections through again, at full speed."""
-        self._cut, self.bytes_per_second = False, None
+        self._cut, self._silent, self.bytes_per_second = False, False, None
 
     def close(self) -> None:
         """End for good."""
@@ -67,6 +71,7 @@ class Link:
             self.refused += 1
             inner.close()
             return
+        self._hold()
         try:
             outer = socket.create_connection(("127.0.0.1", self._target), timeout=10)
         except OSError:
@@ -78,6 +83,7 @@ class Link:
             self._pairs.add(pair)
         try:
             while not self._cut:
+                self._hold()
                 ready, _, _ = select.select(pair, [], [], 0.5)
                 for source in ready:
                     data = source.recv(CHUNK)
@@ -87,6 +93,7 @@ class Link:
                         self.lost_receipts -= 1
                         return
                     uploaded = uploaded + len(data) if source is inner else 0
+                    self._hold()
                     self._pace(len(data))
                     (outer if source is inner else inner).sendall(data)
         except (OSError, ValueError):
@@ -95,6 +102,10 @@ class Link:
             _close(pair)
             with self._lock:
                 self._pairs.discard(pair)
+
+    def _hold(self) -> None:
+        while self._silent and not self._cut:
+            time.sleep(0.05)
 
     def _pace(self, amount: int) -> None:
         with self._lock:

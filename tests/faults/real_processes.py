@@ -1,12 +1,14 @@
 """Faults of real processes: one enrolled federation for all of them, and what their tests ask.
 
-The tests injure it one after another; each begins with everything up. What they compare with is one
-run of the same settings that nothing happened to.
+The tests injure it one after another; each begins with everything up, and after one that failed
+with a new federation. What they compare with is one run of the same settings that nothing happened
+to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +26,80 @@ SETTINGS: dict[str, Any] = {
     "strategy__min_sites": 3,
 }
 
+PASSED = pytest.StashKey[bool]()  # whether a test's own part has passed
+
 SLOW_LINE = 5_000  # bytes a second: an instruction takes ten seconds and more
 
 
+class Hospitals:
+    """The federation that the tests share, made when the first one asks, and anew after a failure.
+
+    A test that failed may have left anything, in a site's files too; the next one begins without.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Federation]]) -> None:
+        self._make = make
+        self._open = ExitStack()
+        self._federation: Federation | None = None
+        self._whole: Path | None = None
+
+    def get(self) -> Federation:
+        if self._federation is None:
+            self._federation = self._open.enter_context(self._make())
+        return self._federation
+
+    def whole(self) -> Path:
+        """Return the directory of a run with ``SETTINGS`` that nothing happened to; made once."""
+        if self._whole is None:
+            federation = self.get()
+            federation.begin("runs/whole")
+            federation.start_run(**SETTINGS)
+            federation.end("run")
+            self._whole = federation.run_dir
+        return self._whole
+
+    def give_up(self) -> None:
+        """End it, and leave its files to be looked at."""
+        self._federation = None
+        self._open.close()
+
+
 @pytest.fixture(scope="session")
-def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
     """A coordinator and the sites A, B and C; C has the most images, and a line of its own."""
-    with federation_in(tmp_path_factory.mktemp("federation")) as federation:
-        federation.edit("C", "patients-per-site = 8", "patients-per-site = 60")
-        federation.link("C")
-        for site in federation.sites:
-            federation.edit(site, "[limits]\n", "[limits]\nmax-local-epochs = 10000\n")
-        yield federation
 
+    @contextmanager
+    def make() -> Iterator[Federation]:
+        with federation_in(tmp_path_factory.mktemp("federation")) as federation:
+            federation.edit("C", "patients-per-site = 8", "patients-per-site = 60")
+            federation.link("C")
+            for site in federation.sites:
+                federation.edit(site, "[limits]\n", "[limits]\nmax-local-epochs = 10000\n")
+            yield federation
 
-@pytest.fixture(scope="session")
-def whole(hospitals: Federation) -> Path:
-    """The directory of a run with ``SETTINGS`` that nothing happened to."""
-    hospitals.begin("runs/whole")
-    hospitals.start_run(**SETTINGS)
-    hospitals.end("run")
-    return hospitals.run_dir
+    hospitals = Hospitals(make)
+    yield hospitals
+    hospitals.give_up()
 
 
 @pytest.fixture
-def federation(hospitals: Federation, request: pytest.FixtureRequest) -> Federation:
+def whole(hospitals: Hospitals) -> Path:
+    """The directory of a run with ``SETTINGS`` that nothing happened to."""
+    return hospitals.whole()
+
+
+@pytest.fixture
+def federation(hospitals: Hospitals, request: pytest.FixtureRequest) -> Iterator[Federation]:
     """The federation with everything up and a new run's name."""
-    hospitals.begin(f"runs/{request.node.name}")
-    return hospitals
+    try:
+        if "whole" in request.fixturenames:
+            hospitals.whole()
+        federation = hospitals.get()
+        federation.begin(f"runs/{request.node.name}")
+        yield federation
+    finally:
+        if not request.node.stash.get(PASSED, False):
+            hospitals.give_up()
 
 
 def wait_until_asked(federation: Federation, site: str, server_round: int, times: int = 1) -> None:

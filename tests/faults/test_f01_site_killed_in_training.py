@@ -48,9 +48,14 @@ def test_a_killed_site_is_done_without_until_it_is_back(federation: Federation) 
     wait_until_back(federation, "A", 3)
 
     # All of it, without a word: the coordinator can only wait for the deadline.
-    wait_until(lambda: training(federation, "C") > 2, "C trains again", federation.logs)
-    killed_in = training(federation, "C")
+    seen: list[int] = []
+    wait_until(
+        lambda: seen.append(training(federation, "C")) or seen[-1] > 2,
+        "C trains again",
+        federation.logs,
+    )
     federation.crash("C")
+    killed_in = seen[-1]
     assert answered(federation, "C", killed_in) == [], "it was killed while it trained"
     federation.start_sites("C")
     wait_until(lambda: (killed_in, "C") in federation.outcomes(), "it ends", federation.logs)

@@ -23,7 +23,7 @@ from server.checkpoint import load_checkpoint
 from server.run_directory import CHECKPOINTS, HISTORY, RunDirectory
 from strategies.errors import FederationError, StoppedError
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG)]
 
@@ -40,7 +40,6 @@ FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG)]
 def test_a_site_with_a_full_disk_does_not_train(federation: Federation) -> None:
     settings = {**SETTINGS, "num_server_rounds": 500, "training__local_steps": 20}
     state = federation.state("A")
-    wait_until(lambda: federation.is_online("A"), "A is connected", federation.logs)
     federation.terminate("A")
     with small_disk(state, state / AUDIT_LOG) as disk:
         try:
@@ -98,7 +97,9 @@ def test_a_server_with_a_full_disk_keeps_its_last_checkpoint(
 def require_said_and_not_trained(federation: Federation) -> None:
     """Require that A said why it did not contribute to a round, and did not train in it."""
     reasons = federation.reasons()
-    missed = [n for (n, site), status in federation.outcomes().items() if status != "ok"]
+    missed = [
+        n for (n, site), status in federation.outcomes().items() if site == "A" and status != "ok"
+    ]
     assert missed
     for n in missed:
         assert trained(federation, "A", n) == 0

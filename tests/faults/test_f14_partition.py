@@ -17,7 +17,7 @@ from faults.real_processes import (
     wait_until_asked,
 )
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 MOMENT, MINUTE = 12, 65
 
@@ -26,7 +26,8 @@ MOMENT, MINUTE = 12, 65
     "F14",
     fault="The network between a site and the coordinator is cut, for seconds or for a minute",
     injection=f"a proxy resets the site's connections and refuses new ones for {MOMENT} s, in "
-    f"another run for {MINUTE} s, while the site trains; then it lets them through",
+    f"another run for {MINUTE} s, in a third lets nothing through for as long without a word, "
+    "while the site trains; then it lets them through",
     promise="the site goes on training, says that and why the coordinator is out of reach, tries "
     "again at growing random intervals, and connects by itself; after a moment its update counts "
     "in the same round, after a minute it is back in a later one, and the run completes",
@@ -86,9 +87,36 @@ def test_after_a_minute_the_site_is_back_by_itself(federation: Federation) -> No
     assert len(set(waits)) >= 2, "random"
     assert max(waits) <= 20
     assert federation.log("C").count("unreachable reason=") == 1, "it is said once"
-    assert "does not answer as an HTTPS server" in federation.log("C")
+    assert "unreachable reason=ends the connection" in federation.log("C")
     assert federation.children("C") == children, "the same node, not a new one"
     assert len(asked(federation, "C", 2)) == 1
+    assert trained(federation, "C", 2) == 1, "what it was asked for it worked out"
+    require_intact_logs(federation)
+    federation.terminate("run", 130)
+
+
+@pytest.mark.fault("F14")
+def test_a_line_that_is_dead_without_a_word_is_no_end_either(federation: Federation) -> None:
+    link, children = federation.links["C"], federation.children("C")
+    settings = {**SETTINGS, "num_server_rounds": 500, "strategy__min_sites": 2}
+    federation.start_run(**settings)
+    wait_until_asked(federation, "C", 2)
+    link.silence()
+    time.sleep(MINUTE)
+    link.heal()
+    last = max(server_round for server_round, _ in federation.outcomes())
+    wait_until(
+        lambda: any(
+            status == "ok" and site == "C" and server_round > last
+            for (server_round, site), status in federation.outcomes().items()
+        ),
+        "C contributes again",
+        federation.logs,
+    )
+    outcomes = federation.outcomes()
+    assert outcomes[2, "C"] == "missing", "the round in which the line died"
+    assert all(outcomes[n, site] == "ok" for n in range(1, last) for site in "AB")
+    assert federation.children("C") == children, "the same node, not a new one"
     assert trained(federation, "C", 2) == 1, "what it was asked for it worked out"
     require_intact_logs(federation)
     federation.terminate("run", 130)

@@ -20,7 +20,7 @@ from server import certificates
 from server.certificates import SERVER_LIFE, issue_server_certificate
 from server.federation import Federation as Coordinator
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 NEW = SERVER_LIFE - certificates.BACKDATED
 COMPILER = shutil.which("cc")
@@ -46,15 +46,17 @@ def enrolled(tmp_path_factory: pytest.TempPathFactory) -> Federation:
 
 @pytest.fixture
 def federation(enrolled: Federation, request: pytest.FixtureRequest) -> Iterator[Federation]:
-    """Enrolled sites, nothing running; a certificate of today before and after each test."""
+    """Nothing running, every file as it was when the sites had just been enrolled."""
+    pristine = enrolled.folder.with_name(f"{enrolled.folder.name}.pristine")
+    if not pristine.exists():
+        shutil.copytree(enrolled.folder, pristine)
     enrolled.run = f"runs/{request.node.name}"
     issue(enrolled, valid=NEW)
     yield enrolled
     enrolled.stop()
     enrolled.processes.clear()
-    for log in enrolled.folder.glob("*.log"):
-        log.unlink()
-    issue(enrolled, valid=NEW)
+    shutil.rmtree(enrolled.folder)
+    shutil.copytree(pristine, enrolled.folder)
 
 
 def issue(federation: Federation, valid: timedelta) -> None:

@@ -33,7 +33,7 @@ def server_with(environment):
     return _server
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 @pytest.mark.fault(
     "F25",
     fault="Many sites and a big model at one server",

@@ -24,7 +24,7 @@ SETTINGS = (
     "model.depths=1,1",
     "model.dims=8,16",
     "model.image-size=32",
-    "training.local-steps=2",
+    "training.local-steps=8",
     "seed=3",
 )
 

@@ -5,6 +5,8 @@ import re
 import shutil
 import socket
 import stat
+import struct
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -463,6 +465,32 @@ def test_a_server_that_says_nothing_is_not_waited_for(site, coordinator, tmp_pat
         found = run(config, "superlink")
     assert levels(found) == ["FAIL", "warning", "warning"]
     assert "does not answer within 0.1 s" in found["superlink"].detail
+
+
+@pytest.mark.parametrize("how", ["an end", "a reset"])
+def test_a_line_that_ends_in_the_middle_of_a_greeting_is_no_other_kind_of_server(
+    site, coordinator, tmp_path, how
+):
+    """Which of the two a site sees of a cut line is chance."""
+
+    def end_it(listener):
+        connection, _ = listener.accept()
+        with connection:
+            if how == "a reset":
+                linger = struct.pack("ii", 1, 0)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            else:
+                connection.recv(1 << 16)
+
+    config = site()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=end_it, args=(listener,))
+        thread.start()
+        enter(config, coordinator, tmp_path, f"127.0.0.1:{listener.getsockname()[1]}")
+        found = run(config, "superlink")
+        thread.join()
+    assert levels(found) == ["FAIL", "warning", "warning"]
+    assert "ends the connection" in found["superlink"].detail
 
 
 def test_a_name_that_nobody_knows_fails(site, coordinator, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -23,7 +24,7 @@ from fakes.orders import membership
 from fakes.supernodes import FakeProgram
 from fakes.training import site_in
 from strategies.errors import ConfigError, FederationError
-from strategies.files import held
+from strategies.files import held, write_atomic
 from strategies.identity import create_node_key
 
 
@@ -99,6 +100,23 @@ def test_an_end_without_an_error_is_a_failure_too(enrolled, caplog):
     with pytest.raises(FederationError):
         run_node(enrolled.site)
     assert "supernode=ended reason=turned away (HTTP 401)" in caplog.text
+
+
+def test_a_node_that_cannot_be_started_is_tried_again(enrolled, monkeypatch, caplog):
+    """As on a full disk, which somebody will clear."""
+    program, fail = enrolled.play(supernodes.EXPIRED), [True]
+
+    def write(path, content, mode):
+        if fail.pop() if fail else False:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_atomic(path, content, mode=mode)
+
+    monkeypatch.setattr(flower_runtime, "write_atomic", write)
+    with pytest.raises(FederationError, match="certificate has expired"):
+        run_node(enrolled.site)
+    assert len(program.starts()) == 1
+    assert flower_runtime.RESTART_SECONDS in enrolled.waits
+    assert "site=A node not started reason=No space left on device; trying again" in caplog.text
 
 
 def test_a_site_without_a_node_key_says_so(enrolled):

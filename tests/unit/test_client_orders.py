@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client import app as app_module
-from client.orders import MOST_REPEATS, begin_round, follow
+from client.orders import MOST_REPEATS, begin_round, finish_round, follow
 from fakes.benches import ORDER, RUN, Bench, changed, initial, instruction
 from fakes.orders import CODE, ORDER_KEY, order
 from fakes.replies import with_envelope
@@ -306,12 +306,24 @@ def test_a_round_that_the_run_has_left_behind_is_over_for_good(path, server_roun
 def test_a_round_is_begun_again_after_crashes_but_not_for_ever(path):
     for _ in range(1 + MOST_REPEATS):
         begin_round(path, "a1b2", 3)
-    with pytest.raises(RefusalError, match="round=2: begun again 10 times here") as caught:
+        finish_round(path, "a1b2")
+    with pytest.raises(RefusalError, match="round=2: trained again 10 times here") as caught:
         begin_round(path, "a1b2", 2)
     assert caught.value.code == "round-repeated"
     begin_round(path, "a1b2", 4)
     begin_round(path, "a1b2", 4)
     begin_round(path, "other", 3)
+
+
+def test_what_ended_without_an_update_does_not_count(bench, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app_module, "train", fail)
+        for _ in range(2 + MOST_REPEATS):
+            assert bench.ask(instruction(initial())).status == "refused"
+    assert bench.ask(instruction(initial())).status == "ok"
 
 
 def test_rounds_and_orders_are_remembered_beside_each_other(path):

@@ -1,6 +1,5 @@
 """A site at run time: data prepared once, test read once for one model, a device or an error."""
 
-import json
 import logging
 import stat
 
@@ -61,11 +60,13 @@ def test_a_restarted_site_remembers_its_test_reads(tmp_path):
         restarted.read_test_once("run", "second")
 
 
-def test_a_damaged_record_of_test_reads_is_not_taken_for_none(tmp_path):
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"run": 3}'])
+def test_a_damaged_record_of_test_reads_is_not_taken_for_none(tmp_path, content):
     site = make_site(tmp_path)
-    (tmp_path / site_module.TEST_READS).write_text("{")
-    with pytest.raises(json.JSONDecodeError):
+    (tmp_path / site_module.TEST_READS).write_text(content)
+    with pytest.raises(RefusalError) as caught:
         site.read_test_once("run", "first")
+    assert caught.value.code == "state-unreadable"
 
 
 def test_splits_hold_the_declared_examples_in_order(tmp_path):

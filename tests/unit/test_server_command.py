@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from fakes.enrolments import request
+from fakes.enrolments import Superlink, request
 from fakes.hosted_runs import Runs, audited, federation
 from medmamba import ModelError
 from server import command
@@ -319,6 +319,16 @@ def test_it_goes_on_with_the_sites_that_are_admitted_then(start, runs, lungs, ca
     assert "site=A left since the run was first started" in caplog.text
     assert "site=C joined since" in caplog.text
     assert "site=B" not in caplog.text
+
+
+def test_no_weights_go_to_a_node_that_nobody_admitted(start, lungs, monkeypatch, caplog):
+    superlink = Superlink()
+    monkeypatch.setattr("server.flower_control.Control", superlink.connect)
+    superlink.register("A", b"a stranger's key")
+    assert start() == 0
+    keys = {site.node_key for site in lungs.sites().values()}
+    assert {node.public_key for node in superlink.list if not node.unregistered} == keys
+    assert "unregistered node A: its list had changed" in caplog.text
 
 
 def test_a_run_that_flower_lost_goes_on_in_its_directory(start, runs, monkeypatch):

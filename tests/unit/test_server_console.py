@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import subprocess
 import sys
 
 import pytest
@@ -67,6 +69,30 @@ def test_rounds_are_printed_with_one_head(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["round", "1/20", "B", "C", "2/20"]
     assert "\x1b" not in "".join(lines)
+
+
+def test_whoever_read_along_may_leave():
+    """The run goes on, and its log says once that rounds are not shown."""
+    program = (
+        "import logging\n"
+        "from server.console import shown_rounds\n"
+        "from server.rounds import RoundResult\n"
+        "from strategies.run_config import RunConfig\n"
+        "logging.basicConfig(format='%(message)s')\n"
+        "with shown_rounds(RunConfig()) as show:\n"
+        "    for n in (1, 2, 3):\n"
+        "        show(RoundResult(n, outcomes=(), num_examples=1, train_loss=1.0, seconds=1.0,\n"
+        "                         validation={}))\n"
+        "    print('went on', file=__import__('sys').stderr)\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert "went on" in done.stderr
+    assert done.stderr.count("rounds are not shown") == 1, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_on_a_terminal_the_log_does_not_say_it_twice(monkeypatch):
@@ -183,6 +209,19 @@ def test_the_end_has_results_contributions_and_the_report(tmp_path, capsys):
     assert "D  ●●○○○●  3 of 6 rounds; refused in 3-5" in lines
     assert lines[-1] == f"report {run_dir / 'report.html'}"
     assert (run_dir / "report.html").exists()
+
+
+def test_the_end_of_a_run_does_not_hang_on_who_reads_it(tmp_path, monkeypatch, caplog):
+    path = write_files(tmp_path / "run")
+    summary = json.loads((path / "summary.json").read_text())
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert finish(path, summary) == 0
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+    assert f"standard output is closed: the results are in {path}" in caplog.text
 
 
 def test_the_end_is_printed_where_marks_cannot_be(tmp_path, monkeypatch):

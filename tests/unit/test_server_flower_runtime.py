@@ -347,7 +347,7 @@ def test_a_run_that_somebody_stopped_is_not_submitted_again(superlink, hosted):
     assert list(superlink.runs) == [1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_person_ends_the_run_and_flower_is_told(superlink, hosted, number, capfd):
     before = signal.getsignal(number)
 
@@ -360,6 +360,16 @@ def test_a_person_ends_the_run_and_flower_is_told(superlink, hosted, number, cap
     assert superlink.last.sub_status == SubStatus.STOPPED
     assert signal.getsignal(number) is before
     assert "once more leaves at once" in capfd.readouterr().err
+
+
+def test_under_nohup_a_run_outlives_its_terminal(superlink, hosted, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        hosted(lambda grid, context: os.kill(os.getpid(), signal.SIGHUP))
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert superlink.last.sub_status == SubStatus.COMPLETED
 
 
 def test_a_second_signal_leaves_at_once(superlink, hosted, monkeypatch):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
+from server import run_directory
 from server.run_directory import (
     CHECKPOINTS,
     CONFIG,
@@ -24,7 +27,7 @@ from server.run_directory import (
     require_new,
     to_json,
 )
-from strategies.errors import CheckpointError, ConfigError
+from strategies.errors import CheckpointError, ConfigError, QuorumError
 
 DOCUMENT = {"run_uuid": "a1b2", "run_config": {"seed": 3}, "name": "K\u00f6ln"}
 
@@ -38,6 +41,23 @@ def test_a_new_directory_holds_its_configuration_and_a_place_for_checkpoints(dir
     assert sorted(path.name for path in directory.path.iterdir()) == [CHECKPOINTS, CONFIG]
     assert directory.config() == DOCUMENT
     assert (directory.path / CONFIG).read_text().endswith("}\n")
+
+
+def test_a_runs_figures_are_for_nobody_else_on_the_machine(directory):
+    assert stat.S_IMODE(directory.path.stat().st_mode) == 0o700
+
+
+def test_a_directory_that_could_not_be_made_whole_is_not_there(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(run_directory, "write_atomic", full)
+    with pytest.raises(ConfigError) as caught:
+        RunDirectory.create(tmp_path / "first", DOCUMENT)
+    assert str(caught.value) == (
+        f"output={tmp_path / 'first'} cannot be made (No space left on device)"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_directory_is_refused_and_not_touched(directory):
@@ -186,6 +206,25 @@ def test_the_log_is_closed_when_the_run_fails(directory):
     with pytest.raises(RuntimeError), directory.session():
         raise RuntimeError
     assert logging.getLogger().handlers == handlers
+
+
+def test_a_log_on_a_full_disk_is_told_once_and_hides_no_error(directory, caplog, capsys):
+    (directory.path / LOG).symlink_to("/dev/full")
+
+    def run():
+        with directory.session():
+            for word in ("first", "second"):
+                logging.getLogger("a.module").warning(word)
+            raise QuorumError("too few")
+
+    with pytest.raises(QuorumError, match="too few"):
+        run()
+    assert caplog.messages == [
+        "first",
+        "log.txt is not written any more (No space left on device)",
+        "second",
+    ]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_resumed_run_continues_its_log(directory):

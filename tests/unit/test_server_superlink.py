@@ -222,7 +222,7 @@ def wait_until_gone(*pids: int) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_told_to_stop_all_end_the_last_one_first(number, tmp_path, start):
     ended = tmp_path / "ended"
     script = f"trap 'echo NAME >> {ended}; exit' TERM; echo $$; while :; do sleep 0.05; done"
@@ -232,6 +232,21 @@ def test_told_to_stop_all_end_the_last_one_first(number, tmp_path, start):
     assert process.wait(30) == 0
     assert ended.read_text().split() == ["executor", "hub"]
     assert all(is_gone(pid) for pid in pids)
+
+
+def test_under_nohup_they_outlive_their_terminal(start):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start("echo $$; exec sleep 600")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    pid = int(first_line(process))
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    assert not is_gone(pid)
+    process.terminate()
+    assert process.wait(30) == 0
 
 
 def test_when_one_ends_the_other_ends_too_and_it_is_named(tmp_path):

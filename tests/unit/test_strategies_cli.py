@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -93,6 +94,45 @@ def test_an_unforeseen_error_is_one_line_too(capsys):
         "error: ZeroDivisionError: division by zero\n"
         "hint: run again with --debug for the traceback\n"
     )
+
+
+def test_a_file_of_another_user_is_a_configuration_to_fix(capsys):
+    error = PermissionError(errno.EACCES, "Permission denied", "state/signing.key")
+    assert exit_code(raises(error)) == 2
+    first, hint = capsys.readouterr().err.splitlines()
+    assert first == "error: state/signing.key: permission denied"
+    assert "another user" in hint
+
+
+SAYS_MUCH = """
+import sys
+from strategies import cli
+def command(arguments):
+    for line in range(int(arguments[0])):
+        print("a line of many", line)
+    print("done", file=sys.stderr)
+    return 0
+cli.run(command, sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("lines", "code", "said"), [(3, 0, "done\n"), (100_000, 141, "")])
+def test_a_reader_who_leaves_is_no_failure_to_explain(lines, code, said):
+    """Work that is done stays done; work that only prints ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-c", SAYS_MUCH, str(lines)]
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(
+        words, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, env=buffered
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_a_command_works_where_nobody_listens():
+    words = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", SAYS_MUCH, "3"]
+    assert subprocess.run(words, check=False).returncode == 0
 
 
 def test_an_interrupt_is_no_failure_to_explain(capsys):

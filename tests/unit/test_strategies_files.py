@@ -103,11 +103,17 @@ def test_lines_are_appended_and_synced(tmp_path, monkeypatch):
     path = tmp_path / "log"
     synced = []
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(fsync(handle)))
+
+    def watched(handle):
+        synced.append(os.path.realpath(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
     append_line(path, "one")
+    assert synced == [str(tmp_path), str(path)], "a new file's name is kept too"
     append_line(path, "zw\u00f6lf")
+    assert synced[2:] == [str(path)]
     assert path.read_text(encoding="utf-8") == "one\nzw\u00f6lf\n"
-    assert len(synced) == 2
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])

@@ -142,6 +142,15 @@ def test_an_order_is_followed_in_its_time_alone(issued, expires, code):
         assert refusal(values).code == code
 
 
+def test_an_order_is_for_a_year_at_most():
+    issued = NOW_MS - HOUR_MS
+    year = 366 * 24 * HOUR_MS
+    longest = document(issued_ms=issued, expires_ms=issued + year)
+    assert read(*signed(longest)).manifest.expires_ms == issued + year
+    error = refusal(document(issued_ms=issued, expires_ms=issued + year + 1))
+    assert (error.code, str(error)) == ("bad-order", "the order is for longer than a year")
+
+
 def test_the_reason_says_how_far_the_clocks_are_apart():
     expired = document(issued_ms=NOW_MS - 4 * HOUR_MS, expires_ms=NOW_MS - 3 * HOUR_MS)
     assert str(refusal(expired)) == "the order expired 3.0 h ago"
@@ -177,15 +186,20 @@ def test_a_manifest_without_a_field_is_refused(name):
         {"federation": ""},
         {"run_uuid": ""},
         {"run_uuid": None},
+        {"run_uuid": "../elsewhere"},
+        {"run_uuid": "a" * 65},
         {"cohort": []},
         {"cohort": "ABC"},
         {"cohort": ["A", "../B"]},
         {"cohort": ["A", ""]},
         {"cohort": ["A\n"]},
+        {"cohort": [f"S{n}" for n in range(1001)]},
         {"run_config": []},
         {"run_config": {"seed": [1]}},
         {"run_config": {"seed": None}},
         {"code_sha256": 3},
+        {"code_sha256": "0" * 63},
+        {"code_sha256": "Z" * 64},
         {"issued_ms": "1"},
         {"issued_ms": 1.5},
         {"issued_ms": -1},
@@ -194,7 +208,7 @@ def test_a_manifest_without_a_field_is_refused(name):
         {"expires_ms": True},
         {"expires_ms": 10**400},
     ],
-    ids=str,
+    ids=lambda changes: str(changes)[:60],
 )
 def test_a_malformed_manifest_is_refused_though_it_is_signed(changes):
     assert refusal(document(**changes)).code == "bad-order"

@@ -117,20 +117,20 @@ def test_what_a_stranger_wrote_is_one_short_line_at_the_site_too(bench, weights,
 def test_an_exception_leaves_only_its_class_name(bench, weights, monkeypatch, caplog, place):
     monkeypatch.setattr(app_module, place, fail_with_a_path)
     message = bench.send(instruction(weights))
-    assert "4711" not in everything_sent(message)
-    assert "srv" not in everything_sent(message)
+    assert "patient-4711" not in everything_sent(message)
+    assert "/srv/" not in everything_sent(message)
     reply = Reply.from_content(message.content, bench.keys)
     assert reply.status == "refused"
     assert reply.reason == "failed: RuntimeError, see the site's log"
     assert (reply.run_uuid, reply.server_round) == ("a1b2", 1)
     assert SECRET in caplog.text  # the site's own log has it all
-    assert "4711" not in (bench.state_dir / "audit.jsonl").read_text()
+    assert "patient-4711" not in (bench.state_dir / "audit.jsonl").read_text()
 
 
 def test_data_that_cannot_be_read_leave_no_path(bench, weights):
     bench.site.load = fail_with_a_path
     message = bench.send(instruction(weights))
-    assert "4711" not in everything_sent(message)
+    assert "patient-4711" not in everything_sent(message)
     assert Reply.from_content(message.content, bench.keys).status == "refused"
 
 
@@ -187,7 +187,7 @@ def test_no_answer_leaves_when_it_cannot_be_audited(bench, weights, monkeypatch)
     monkeypatch.setattr(bench.site.audit, "append", full_disk("answered"))
     message = bench.send(instruction(weights))
     assert message.error.reason.startswith("site=A cannot answer: OSError")
-    assert "4711" not in message.error.reason
+    assert "patient-4711" not in message.error.reason
 
 
 @pytest.mark.usefixtures("no_work")
@@ -195,7 +195,7 @@ def test_an_order_that_cannot_be_audited_is_not_followed(bench, weights, monkeyp
     monkeypatch.setattr(bench.site.audit, "append", full_disk("order-followed"))
     reason = bench.refusal(instruction(weights))
     assert reason.startswith("failed: OSError")
-    assert "4711" not in reason
+    assert "patient-4711" not in reason
     remembered = json.loads((bench.state_dir / "orders.json").read_text())
     assert (remembered["order_sha256"], remembered["runs"]) == ("", {})
 

@@ -98,7 +98,10 @@ def _data(config: SiteConfig) -> Iterator[Finding]:
     if not isinstance(dataset.images, np.ndarray):
         size = dataset.images.cache_bytes(CACHE_IMAGE_SIZE)
         text = f"about {size / MIB:.0f} MiB for a run with model.image-size={CACHE_IMAGE_SIZE}"
-        free = shutil.disk_usage(config.state_dir).free
+        folder = next(
+            path for path in (config.state_dir, *config.state_dir.parents) if path.exists()
+        )
+        free = shutil.disk_usage(folder).free
         if size > free - MIN_FREE:
             yield Finding("warning", "cache", f"{text}; {free / MIB:.0f} MiB are free")
         else:

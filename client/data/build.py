@@ -34,11 +34,10 @@ from client.data.images import (
     Look,
     changed_ns,
     look,
-    reasons,
 )
 from client.data.keyed import PUBLIC_KEY, keyed_hash
 from client.data.manifest import Example, ImageDataset, Manifest
-from client.data.rows import Listing, Row
+from client.data.rows import Listing, Row, reasons
 from client.data.splits import assign_splits
 from client.data.workers import FEW, in_workers, num_workers
 from strategies import cli

@@ -51,6 +51,7 @@ WINDOWS = {
 DAMAGED_PIXELS = "pixel data truncated or damaged"
 NO_SUCH_FRAME = "frame is not in the file"
 UNKNOWN_COLOUR = "colour space or number of samples is not read"
+HIGH_BITS = "pixels are not in the lowest bits of their words"
 
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _PALETTE = "PALETTE COLOR"
@@ -152,8 +153,12 @@ def _require_image(header: FileDataset, frame: int) -> None:
         frames = int(header.get("NumberOfFrames") or 1)
         kind, samples = str(header.PhotometricInterpretation), int(header.SamplesPerPixel)
         bits = int(header.get("BitsStored") or header.BitsAllocated)
+        high = int(header.HighBit) if header.get("HighBit") is not None else bits - 1
     except Exception:
         raise DataError(DAMAGED_HEADER, _HINT) from None
+    # PS3.5 8.1.1; older writers did otherwise, and nothing here would shift them.
+    if high != bits - 1 and not header.file_meta.TransferSyntaxUID.is_encapsulated:
+        raise DataError(HIGH_BITS, "have the archive send a copy by the current standard")
     if size > MAX_PIXELS:
         raise DataError(TOO_LARGE, _HINT)
     if not 0 <= frame < frames:

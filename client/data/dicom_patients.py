@@ -154,8 +154,8 @@ def _flag_numbers(
         if claim.patient_id:
             issuers.setdefault(claim.patient_id, set()).add(number)
         for said in {claim.table or claim.patient_id} - {""}:
-            patients.setdefault(_plain(said), set()).add(name)
-            spellings.setdefault(_plain(said), set()).add(said)
+            patients.setdefault(plain_number(said), set()).add(name)
+            spellings.setdefault(plain_number(said), set()).add(said)
     flagged[TWO_ISSUERS] += sum(len(issuers.get(claim.patient_id, ())) > 1 for claim in used)
     doubtful = {
         said
@@ -169,5 +169,6 @@ def _flag_numbers(
         flagged[ONE_PATIENT] += len(used)
 
 
-def _plain(number: str) -> str:
+def plain_number(number: str) -> str:
+    """Return what two spellings of one patient's number share."""
     return number.strip().casefold().lstrip("0")

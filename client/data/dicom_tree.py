@@ -9,11 +9,13 @@ UIDs stay in the listing's rows and in no reason, log or error.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections import Counter
-from collections.abc import Generator, Sequence
-from pathlib import Path, PureWindowsPath
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal, NamedTuple, get_args
 
 from pydicom import dcmread, uid
@@ -23,7 +25,7 @@ from client.data.dicom_labels import LABEL_KEYS, Label, choose_key, read_labels
 from client.data.dicom_patients import Claim, name_patients
 from client.data.folder import require_folder
 from client.data.pictures import EMPTY
-from client.data.rows import Listing, Row
+from client.data.rows import Listing, Row, reasons
 from client.data.workers import in_workers, num_workers
 from strategies import cli
 from strategies.errors import DataError
@@ -118,6 +120,12 @@ def list_dicom(
     skipped, flagged, unreadable = Counter(table.skipped), Counter[str](), Counter[str]()
     files = _files(root, skipped, flagged, unreadable, leave_out=labels)
     images = dict(_images(root, files, skipped, unreadable))
+    left_out = reasons(skipped + unreadable)
+    if not images:
+        raise DataError(
+            f"dataset={dataset} images=0 expected at least one: {left_out or 'no file'}",
+            "check the folder, and that its files are DICOM images",
+        )
     key = choose_key(table, label_key, (image.names for image in images.values()))
     by_file = {file: table.labels.get(image.names[key]) for file, image in images.items()}
     used = {file: label for file, label in by_file.items() if label}
@@ -127,7 +135,8 @@ def list_dicom(
     if 2 * without > len(table.labels):
         raise DataError(
             f"labels={len(table.labels)} without_image={without} "
-            f"unreadable_files={unreadable.total()} expected at most half without an image",
+            f"unreadable_files={unreadable.total()} expected at most half without an image"
+            + (f"; left out: {left_out}" if left_out else ""),
             "check folder and label-key, and keep the rows of this folder alone in the table",
         )
     claims = [_claim(image, by_file[file]) for file, image in images.items()]
@@ -217,16 +226,43 @@ def _listed(root: Path, directory: Path, skipped: Counter[str]) -> list[str] | N
             return None
     files: list[str] = []
     top = root.resolve()
+    names = functools.cache(_names)
     for components in parts:
         path = PureWindowsPath(*map(str, components))  # some writers join them by themselves
-        file = path.as_posix()
-        if path.is_absolute() or not (top / file).resolve().is_relative_to(top):
+        file = _as_on_disk(top, path.as_posix(), names)
+        if path.is_absolute() or not (top / (file or path.as_posix())).resolve().is_relative_to(
+            top
+        ):
             skipped[OUTSIDE] += 1
-        elif not os.path.lexists(top / file):
+        elif file is None:
             skipped[ABSENT] += 1
         else:
             files.append(file)
     return files
+
+
+def _as_on_disk(
+    top: Path, file: str, names: Callable[[Path], Mapping[str, list[str]]]
+) -> str | None:
+    """Return how the disk spells a file; a CD may be mounted with lower-case names."""
+    if os.path.lexists(top / file):
+        return file
+    place = top
+    for part in PurePosixPath(file).parts:
+        spelt = names(place).get(part.casefold(), [])
+        if len(spelt) != 1:
+            return None
+        place /= spelt[0]
+    return place.relative_to(top).as_posix()
+
+
+def _names(folder: Path) -> dict[str, list[str]]:
+    """Return the names in a folder by what they are without upper case."""
+    found: dict[str, list[str]] = {}
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            found.setdefault(name.casefold(), []).append(name)
+    return found
 
 
 def _same(one: Path, other: Path) -> bool:

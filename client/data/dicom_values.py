@@ -41,7 +41,7 @@ PALETTE = tuple(
 )
 # Of the header, what is used here beside rows and columns.
 VALUE_TAGS = (
-    *("Modality", "PhotometricInterpretation", "BitsAllocated", "BitsStored"),
+    *("Modality", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit"),
     *("PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
     *("ModalityLUTSequence", "VOILUTSequence", *RESCALE, *WINDOW, *PALETTE),
 )
@@ -120,7 +120,7 @@ def _modality(stored: Stored, header: Dataset) -> Values:
 def _span(item: Dataset, keyword: str, values: npt.NDArray[Any]) -> tuple[int, int]:
     """First and last value that a lookup table maps; PS3.3 C.11.1.1: 0 entries mean 65536."""
     entries, first, bits = (int(part) for part in item[keyword].value)
-    if first > 32767 and values.min() < 0:
+    if first > 32767 and (values.min() < 0 or values.max() < first):
         first -= 65536  # it was read as unsigned, because the stored values are
         item[keyword].value = [entries, first, bits]  # pydicom looks there
     return first, first + (entries or 65536) - 1

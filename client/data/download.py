@@ -1,7 +1,8 @@
 """Fetching a published file that is known by its MD5, or a zip archive by its checksums.
 
 Invariant: a file appears under its name only after its MD5 matched; until then it is a `.part` file
-beside it, kept after an interruption and continued by the next attempt. The MD5 guards against
+beside it, of one process at a time, kept after an interruption and continued by the next attempt.
+The MD5 guards against
 altered and broken copies, not against an attacker: nothing stronger is published for these files.
 Where not even an MD5 is published, the checksums inside the archive show that it arrived whole.
 """
@@ -20,8 +21,8 @@ import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from strategies.errors import DataError
-from strategies.files import sync_folder
+from strategies.errors import ConfigError, DataError
+from strategies.files import held, make_folder, sync_folder
 
 HASH_CHUNK_BYTES = 1 << 20
 # A lost connection loses at most this much of what had arrived.
@@ -60,10 +61,21 @@ def download(url: str, target: Path, md5: str | None) -> Path:
     Raises:
         DataError: No connection, a refusal by the server, a lost connection, a full disk, or a file
             that is not the published one.
+        ConfigError: Another process is at it, or the folder cannot be made.
     """
+    make_folder(target.parent)
+    busy = ConfigError(
+        f"download={url} is under way in another process", "wait for it, then run this again"
+    )
+    with held(target.with_name(f".{target.name}.lock"), busy):
+        if not target.exists():  # that other process may have been quicker
+            _fetch(url, target, md5)
+    return target
+
+
+def _fetch(url: str, target: Path, md5: str | None) -> None:
     part = target.with_name(target.name + ".part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         _transfer(url, part)
         actual = md5_of(part) if md5 is not None else None
         damage = None if md5 is not None else _damage(part)
@@ -88,7 +100,6 @@ def download(url: str, target: Path, md5: str | None) -> Path:
         )
     os.replace(part, target)
     sync_folder(target.parent)
-    return target
 
 
 def _damage(archive: Path) -> str | None:

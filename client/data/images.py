@@ -26,7 +26,7 @@ from client.data.cache import ImageCache, cache_key, open_cache
 from client.data.duplicates import pixel_hash
 from client.data.manifest import IntArray
 from client.data.pictures import Pixels, read_picture, require_file
-from client.data.rows import Kind
+from client.data.rows import Kind, reasons
 from client.data.workers import in_workers, num_workers
 from strategies import cli
 from strategies.errors import DataError
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Part of every cache's key: raise it when other pixels come out of the same file.
-DECODERS = 1
+DECODERS = 2
 
 CRASHED = "decoder crashed"
 CHANGED = "file changed while it was read"
@@ -354,12 +354,6 @@ class PreparedImages:
         stored = self.cache.read(self.rows[rows])  # (b, 1 or 3, s, s)
         images = torch.from_numpy(stored).float().div_(np.iinfo(stored.dtype).max)
         return images.expand(-1, self.in_channels, -1, -1).contiguous()
-
-
-def reasons(counts: Counter[str]) -> str:
-    """Returns counted reasons in one line, the most frequent first."""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count} x {reason}" for reason, count in ordered)
 
 
 def _facts(path: Path, kind: Kind, frame: int, options: object) -> Facts | str:

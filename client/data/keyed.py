@@ -1,8 +1,10 @@
 """Keyed hashes that stand for patients and examples, and the site's key for them.
 
 Invariant: without the key a hash tells nothing, not even by trying every patient number; with the
-same key a patient has the same hash in every data set and run, so that a privacy ledger knows whom
-it has charged. The key never leaves the site's state folder. BLAKE2b in its keyed mode (RFC 7693).
+same key a patient's name has the same hash in every data set and run, so that a privacy ledger
+knows whom it has charged. A reader that learns more of a patient (DICOM: an issuer, a second
+number) may choose another name for them; a ledger has to take both for one person. The key never
+leaves the site's state folder. BLAKE2b in its keyed mode (RFC 7693).
 """
 
 from __future__ import annotations

@@ -59,3 +59,9 @@ class Listing:
     skipped: Counter[str] = field(default_factory=Counter[str])
     flagged: Counter[str] = field(default_factory=Counter[str])
     unreadable: Counter[str] = field(default_factory=Counter[str])
+
+
+def reasons(counts: Counter[str]) -> str:
+    """Returns counted reasons in one line, the most frequent first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} x {reason}" for reason, count in ordered)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from client.data.dicom_patients import NEARLY_SAME, plain_number
 from client.data.folder import Tree, require_folder
 from client.data.labels import class_finder
 from client.data.rows import Listing, Row
@@ -137,6 +138,12 @@ def list_table(
         else:
             assert label is not None  # `_reason` refused it
             by_file.setdefault(row.file, []).append(row._replace(label=label))
+    missing = listing.skipped[MISSING]
+    if 2 * missing > len(table.rows):
+        raise DataError(
+            f"csv={path} rows={len(table.rows)} missing_files={missing} expected at most half",
+            "is the folder mounted, and open to this user? Keep the rows of this folder alone",
+        )
     for rows in by_file.values():
         if len(set(rows)) > 1:
             listing.skipped[CONTRADICTORY] += len(rows)
@@ -147,7 +154,20 @@ def list_table(
     if not classes:
         listing.classes = tuple(sorted({row.label for row in listing.rows}))
     _count_unnamed(listing, named)
+    _flag_nearly_same(listing)
     return listing
+
+
+def _flag_nearly_same(listing: Listing) -> None:
+    """Flag patients that a spreadsheet may have made two of, as it strips leading zeros."""
+    spelt: dict[str, set[str]] = {}
+    for row in listing.rows:
+        spelt.setdefault(plain_number(row.patient), set()).add(row.patient)
+    several = sum(
+        bool(row.patient) and len(spelt[plain_number(row.patient)]) > 1 for row in listing.rows
+    )
+    if several:
+        listing.flagged[NEARLY_SAME] += several
 
 
 def _text(path: Path) -> str:

@@ -55,20 +55,23 @@ def in_workers(
     waiting = deque(range(len(tasks)))
     while waiting:
         suspects: list[int] = []
+        broken = False
         with _pool(min(workers, len(waiting))) as pool:
             running: dict[Future[Result], int] = {}
-            while running or (waiting and not suspects):
-                while waiting and not suspects and len(running) < IN_HAND * workers:
+            while running or (waiting and not broken):
+                while waiting and not broken and len(running) < IN_HAND * workers:
                     try:
                         running[pool.submit(work, tasks[waiting[0]])] = waiting[0]
-                    except BrokenProcessPool:  # it died after the last result
-                        break
-                    waiting.popleft()
+                    except BrokenProcessPool:  # it died with nothing in its hands
+                        broken = True
+                    else:
+                        waiting.popleft()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     position = running.pop(future)
                     try:
                         result = future.result()
                     except BrokenProcessPool:
+                        broken = True
                         suspects.append(position)
                     else:
                         yield position, result

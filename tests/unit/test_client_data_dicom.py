@@ -420,6 +420,19 @@ def test_a_lookup_table_begins_where_it_says(tmp_path, first):
     assert np.abs(made[0] / 257 - [0, 0, 100, 255, 255]).max() <= 0.5
 
 
+def test_a_lookup_table_below_zero_serves_an_image_above_it(tmp_path):
+    """Its first value was stored unsigned, and no pixel is negative to tell."""
+    table = np.arange(2000)
+    pixels = np.array([[0, 500, 999]], np.uint16)
+    made = shown(tmp_path, pixels, VOILUTSequence=lookup(table, 64536, 16))  # -1000
+    assert np.abs(made[0] / 65535 - (pixels[0] + 1000) / 2047).max() < 1e-4
+
+
+def test_pixels_in_the_high_bits_of_their_words_are_refused(tmp_path):
+    path = write_dicom(tmp_path / "one.dcm", RAMP, bits=12, HighBit=15)
+    assert reason(path) == "pixels are not in the lowest bits of their words"
+
+
 def test_a_table_of_65536_entries(tmp_path):
     table = np.arange(65536) ^ 0xFFFF
     pixels = np.array([[0, 1, 65535]], np.uint16)

@@ -128,7 +128,8 @@ def test_labels_that_mostly_meet_nothing_are_refused(tmp_path, tree):
     with pytest.raises(DataError) as raised:
         list_dicom(tree, labels)
     assert str(raised.value) == (
-        "labels=3 without_image=2 unreadable_files=1 expected at most half without an image"
+        "labels=3 without_image=2 unreadable_files=1 expected at most half without an image; "
+        "left out: 1 x DICOM header truncated or damaged"
     )
 
 
@@ -492,6 +493,27 @@ def test_the_real_dicomdir_of_the_wheel(tmp_path):
     assert len(images) == 31
     assert len({row.patient for row in found.rows}) == 2
     assert not found.skipped
+
+
+def test_a_medium_that_is_mounted_with_lower_case_names_is_read(tmp_path, tree):
+    """Its DICOMDIR has upper case, as PS3.10 wants it."""
+    write_dicomdir(tree / "dicomdir", [["1", "A.DCM"], ["1", "B"], ["1", "GONE"]])
+    found = list_dicom(tree, table(tmp_path, "file,label", "1/a.dcm,x", "1/b,x"))
+    assert [row.file for row in found.rows] == ["1/a.dcm", "1/b"]
+    absent = "file named by the DICOMDIR is not there"
+    assert found.skipped[absent] == 1
+    (tree / "1" / "A.dcm").write_bytes(b"another")  # which of the two is meant?
+    found = list_dicom(tree, table(tmp_path, "file,label", "1/b,x"))
+    assert [row.file for row in found.rows] == ["1/b"]
+    assert found.skipped[absent] == 2
+
+
+def test_a_folder_without_an_image_says_why(tmp_path):
+    for name in ("a.dcm", "b.dcm"):
+        (tmp_path / name).write_text("nothing of the kind")
+    labels = table(tmp_path.parent, "AccessionNumber,label", "A1,x", name=f"{tmp_path.name}.csv")
+    with pytest.raises(DataError, match=r"images=0 expected at least one: 2 x not a DICOM file"):
+        list_dicom(tmp_path, labels)
 
 
 def test_every_file_of_the_wheel_is_a_row_or_a_count(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from client.data import medmnist
 from client.data.download import RECEIVE_CHUNK_BYTES, download, md5_of
 from fakes.miniatures import zipped
-from strategies.errors import DataError
+from strategies.errors import ConfigError, DataError
+from strategies.files import held
 
 CONTENT = bytes(range(256)) * 2000
 ZIP = zipped({"a.png": bytes(range(256)) * 500, "b/c.png": bytes(range(255, -1, -1)) * 900})
@@ -82,7 +83,7 @@ def test_a_download_arrives_whole_and_leaves_no_part(server, target):
     assert download(server.url, target, MD5) == target
     assert target.read_bytes() == CONTENT
     assert md5_of(target) == MD5
-    assert list(target.parent.iterdir()) == [target]
+    assert not part_of(target).exists()
     assert server.ranges == [None]
 
 
@@ -164,8 +165,21 @@ def test_a_server_that_stays_silent_is_given_up(server, target, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_told(server, tmp_path):
     (tmp_path / "data").write_text("a file where the folder should be")
-    with pytest.raises(DataError, match="failed after 0 bytes: File exists"):
+    with pytest.raises(ConfigError, match=r"data cannot be made \(File exists\)"):
         download(server.url, tmp_path / "data" / "file.npz", MD5)
+
+
+def test_one_process_at_a_time_downloads_a_file(server, target):
+    target.parent.mkdir()
+    with (
+        held(target.with_name(".file.npz.lock"), ConfigError("first")),
+        pytest.raises(ConfigError, match="is under way in another process"),
+    ):
+        download(server.url, target, MD5)
+    assert server.ranges == []
+    download(server.url, target, MD5)
+    assert download(server.url, target, MD5) == target
+    assert server.ranges == [None], "what another process has fetched meanwhile is taken"
 
 
 def test_fetch_takes_the_official_file_of_the_size_from_the_record(server, tmp_path, monkeypatch):
@@ -211,11 +225,13 @@ def test_an_archive_that_was_changed_on_the_way_is_removed(server, target, where
     with pytest.raises(DataError, match=r"is no whole zip archive: .*; removed") as error:
         download(server.url, target, None)
     assert "\n" not in str(error.value)
-    assert list(target.parent.iterdir()) == []
+    assert not target.exists()
+    assert not part_of(target).exists()
 
 
 def test_a_page_that_says_sorry_is_no_archive(server, target):
     server.content = b"<html>The file has moved.</html>"
     with pytest.raises(DataError, match="is no whole zip archive: File is not a zip file; removed"):
         download(server.url, target, None)
-    assert list(target.parent.iterdir()) == []
+    assert not target.exists()
+    assert not part_of(target).exists()

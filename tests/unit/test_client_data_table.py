@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from client.data import table
+from client.data.dicom_patients import NEARLY_SAME
 from client.data.rows import Row
 from client.data.table import list_table, read_table
 from client.site_config import SiteConfig
@@ -174,10 +175,21 @@ def test_links_inside_the_folder_are_followed(write, root):
 def test_files_that_are_not_there_are_counted(write, root):
     (root / "gone.png").symlink_to(root / "nowhere.png")
     (root / "loop.png").symlink_to(root / "loop.png")
-    text = f"file,label\nno.png,a\ngone.png,a\nloop.png,a\nin,a\n{'x' * 300}.png,a\n1.png,a\n"
+    files = ["1.png", "2.png", "3.png", "4.png", "in/5.png"]
+    missing = ["no.png", "gone.png", "loop.png", "in", f"{'x' * 300}.png"]
+    text = "\n".join(["file,label", *(f"{file},a" for file in [*missing, *files])])
     listing = list_table(write(text), root)
-    assert [row.file for row in listing.rows] == ["1.png"]
+    assert [row.file for row in listing.rows] == files
     assert listing.skipped[table.MISSING] == 5
+    with pytest.raises(DataError, match="rows=11 missing_files=6 expected at most half"):
+        list_table(write(f"{text}\nnowhere.png,a"), root)
+
+
+def test_patients_that_a_spreadsheet_made_two_of_are_flagged(write, root):
+    text = "file,label,patient\n1.png,a,007\n2.png,a,7\n3.png,b,8\n4.png,b,\n"
+    listing = list_table(write(text), root)
+    assert dict(listing.flagged) == {NEARLY_SAME: 2}
+    assert not list_table(write(text.replace("007", "7")), root).flagged
 
 
 def test_a_repeated_row_counts_once_and_a_contradiction_not_at_all(write, root):

@@ -1,5 +1,8 @@
 """Every task gets one result, whatever becomes of the process that works on it."""
 
+import multiprocessing
+import time
+
 import pytest
 
 from client.data.workers import in_workers, num_workers
@@ -22,6 +25,19 @@ def test_workers_that_crash_cost_only_the_tasks_that_crash_them():
 
 def test_a_task_whose_worker_was_killed_once_is_done(tmp_path):
     assert list(in_workers(once, [str(tmp_path / "seen")], crashed="", workers=1)) == [(0, "done")]
+
+
+def test_a_worker_that_dies_between_two_tasks_costs_none():
+    """As the out-of-memory killer takes one while its results are being written down."""
+    done = []
+    for place, square in in_workers(fragile, range(12), crashed=-7, workers=1):
+        done.append((place, square))
+        if len(done) == 2:
+            time.sleep(0.5)  # what was handed out is worked off
+            for process in multiprocessing.active_children():
+                process.kill()
+                process.join()
+    assert sorted(done) == [(n, n * n) for n in range(12)]
 
 
 def test_an_error_of_the_work_itself_is_raised():

@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before anything imports Flower, torch or a data library; child processes inherit it.
 os.environ |= {
@@ -23,6 +24,10 @@ os.environ |= {
     "MKL_NUM_THREADS": "1",
     "MPLBACKEND": "Agg",
 }
+
+# No test asserts a time, and on a busy machine any example may take long.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 # Asserts in shared helpers explain themselves as those in tests do.
 pytest.register_assert_rewrite("fakes", "faults.real_processes")

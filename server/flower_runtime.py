@@ -178,7 +178,8 @@ def _interruptible() -> Generator[None]:
     before = {
         number: signal.signal(number, stop)
         for number in SIGNALS
-        if signal.getsignal(number) is not signal.SIG_IGN  # as nohup leaves SIGHUP
+        # nohup means it when it leaves SIGHUP ignored; a shell's `&` does not, with SIGINT.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
         yield

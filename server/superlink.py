@@ -178,7 +178,8 @@ def supervise(
     handlers = {
         number: signal.signal(number, lambda *_: told.set())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN  # as nohup leaves SIGHUP
+        # nohup means it when it leaves SIGHUP ignored; a shell's `&` does not, with SIGINT.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
     }
     children: list[subprocess.Popen[bytes]] = []
     ended: list[str] = []

@@ -362,6 +362,18 @@ def test_a_person_ends_the_run_and_flower_is_told(superlink, hosted, number, cap
     assert "once more leaves at once" in capfd.readouterr().err
 
 
+def test_a_run_that_a_shell_started_in_the_background_can_be_interrupted(superlink, hosted):
+    """It has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(StoppedError, match="interrupted"):
+            hosted(lambda grid, context: os.kill(os.getpid(), signal.SIGINT))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert superlink.last.sub_status == SubStatus.STOPPED
+
+
 def test_under_nohup_a_run_outlives_its_terminal(superlink, hosted, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -137,6 +137,19 @@ def wait_until_arrived(federation: Federation, site: str, server_round: int) -> 
     )  # fmt: skip
 
 
+def wait_until_back(federation: Federation, site: str, server_round: int) -> None:
+    """Wait until a site has contributed to a round, from this one on."""
+    wait_until(
+        lambda: any(
+            who == site and n >= server_round and status == "ok"
+            for (n, who), status in federation.outcomes().items()
+        ),
+        f"site={site} contributes again",
+        federation.logs,
+        seconds=180,
+    )
+
+
 def fetched(federation: Federation, site: str) -> int:
     """How many instructions to train a site's node has begun to fetch."""
     return (federation.state(site) / "supernode.log").read_text().count("Receiving: train")

@@ -14,6 +14,7 @@ from faults.real_processes import (
     require_intact_logs,
     trained,
     wait_until_asked,
+    wait_until_back,
 )
 
 DEADLINE = 30
@@ -78,16 +79,3 @@ def training(federation: Federation, site: str) -> int:
     rounds = range(1, federation.history()[-1]["server_round"] + 2)
     open_ = [n for n in rounds if asked(federation, site, n) and not answered(federation, site, n)]
     return open_[-1] if open_ else 0
-
-
-def wait_until_back(federation: Federation, site: str, server_round: int) -> None:
-    """Wait until a site has contributed to a round, from this one on."""
-    wait_until(
-        lambda: any(
-            who == site and n >= server_round and status == "ok"
-            for (n, who), status in federation.outcomes().items()
-        ),
-        f"site={site} contributes again",
-        federation.logs,
-        seconds=180,
-    )

@@ -15,6 +15,7 @@ from faults.real_processes import (
     require_intact_logs,
     trained,
     wait_until_asked,
+    wait_until_back,
 )
 
 pytestmark = pytest.mark.timeout(600)
@@ -62,14 +63,7 @@ def test_after_a_minute_the_site_is_back_by_itself(federation: Federation) -> No
 
     federation.wait_for("C", "connected again after_seconds=")
     last = max(server_round for server_round, _ in federation.outcomes())
-    wait_until(
-        lambda: any(
-            status == "ok" and site == "C" and server_round > last
-            for (server_round, site), status in federation.outcomes().items()
-        ),
-        "C contributes again",
-        federation.logs,
-    )
+    wait_until_back(federation, "C", last + 1)
     outcomes, reasons = federation.outcomes(), federation.reasons()
     missed = sorted(
         n for (n, site), status in outcomes.items() if (site, status) == ("C", "missing")
@@ -105,14 +99,7 @@ def test_a_line_that_is_dead_without_a_word_is_no_end_either(federation: Federat
     time.sleep(MINUTE)
     link.heal()
     last = max(server_round for server_round, _ in federation.outcomes())
-    wait_until(
-        lambda: any(
-            status == "ok" and site == "C" and server_round > last
-            for (server_round, site), status in federation.outcomes().items()
-        ),
-        "C contributes again",
-        federation.logs,
-    )
+    wait_until_back(federation, "C", last + 1)
     outcomes = federation.outcomes()
     assert outcomes[2, "C"] == "missing", "the round in which the line died"
     assert all(outcomes[n, site] == "ok" for n in range(1, last) for site in "AB")

@@ -237,6 +237,14 @@ def test_skipped_and_identical_images_are_said_once_and_not_logged(site, tmp_pat
     assert "as before" in caplog.text
 
 
+def test_sound_images_are_said_to_be_so_before_there_is_a_state_folder(site, tmp_path):
+    config = site(data=(PHANTOM, own_folder(tmp_path)))
+    config = config.model_copy(update={"state_dir": tmp_path / "not" / "yet"})
+    assert [finding.level for finding in every(config, "data")] == ["ok"]
+    assert [finding.level for finding in every(config, "cache")] == ["ok"]
+    assert not (tmp_path / "not").exists()
+
+
 def test_the_size_of_the_cache_is_said(site, tmp_path, monkeypatch):
     config = site(data=(PHANTOM, own_folder(tmp_path)))
     (cache,) = every(config, "cache")

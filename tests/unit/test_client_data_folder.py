@@ -1,6 +1,7 @@
 """A folder of classes: every picture is a row or is counted, whatever else lies there."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -115,18 +116,24 @@ def test_loops_of_links_end_and_each_picture_is_listed_where_it_lies(tmp_path):
     assert listing.skipped == {folder.SEEN: 5, folder.IRREGULAR: 1}
 
 
-def test_folders_deeper_than_pythons_stack_are_read(tmp_path):
-    path, depth = tmp_path / "a", 1200
+@pytest.fixture
+def deep(tmp_path):
+    """A folder deeper than Python's stack, which shutil.rmtree, and so pytest, could not remove."""
+    path, here = tmp_path / "deep", os.getcwd()
     path.mkdir()
-    here = os.getcwd()
     os.chdir(path)
     try:
-        for _ in range(depth):
+        for _ in range(1200):
             os.mkdir("d")
             os.chdir("d")
     finally:
         os.chdir(here)
-    put(tmp_path, "a/top.png")
+    yield path
+    subprocess.run(["rm", "-r", str(path)], check=True)
+
+
+def test_folders_deeper_than_pythons_stack_are_read(tmp_path, deep):
+    put(tmp_path, f"{deep.name}/top.png")
     assert len(list_folder(tmp_path).rows) == 1
 
 

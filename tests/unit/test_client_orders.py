@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -324,6 +325,20 @@ def test_what_ended_without_an_update_does_not_count(bench, monkeypatch):
         for _ in range(2 + MOST_REPEATS):
             assert bench.ask(instruction(initial())).status == "refused"
     assert bench.ask(instruction(initial())).status == "ok"
+
+
+def test_who_asks_with_ever_other_weights_gets_no_more_updates_of_a_round(bench):
+    def weights(n):
+        return {
+            name: array + np.float32(n / 1000) if array.dtype == np.float32 else array
+            for name, array in initial().items()
+        }
+
+    for n in range(1 + MOST_REPEATS):
+        assert bench.ask(instruction(weights(n))).status == "ok"
+    refused = bench.ask(instruction(weights(99)))
+    assert (refused.status, refused.reason.partition(":")[0]) == ("refused", "round-repeated")
+    assert bench.ask(instruction(weights(99), server_round=2)).status == "ok"
 
 
 def test_rounds_and_orders_are_remembered_beside_each_other(path):

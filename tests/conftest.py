@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -31,6 +32,10 @@ settings.load_profile("patient")
 
 # Asserts in shared helpers explain themselves as those in tests do.
 pytest.register_assert_rewrite("fakes", "faults.real_processes")
+
+# Under nohup, or in the background of a script, these are ignored, here and in all child processes.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Reasons for which a test may be skipped, one a line.

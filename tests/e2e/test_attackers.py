@@ -188,9 +188,13 @@ def garbage(site: HostileSite, asked: Asked) -> None:
 
 
 def announces(site: HostileSite, asked: Asked) -> None:
-    """A whole reply, of which only some pieces ever come."""
-    pieces = iter(range(3))
-    message = Message(site.content(asked), reply_to=asked.message)
+    """A whole reply, of which one piece alone ever comes.
+
+    Its weights are like no other's: flower-superlink asks for no piece that it has already.
+    """
+    arrays = {name: value * 1.5 for name, value in site.reply(asked).update.items()}
+    pieces = iter(range(1))
+    message = Message(site.content(asked, update=arrays), reply_to=asked.message)
     site.push(message, upload=lambda _, content: None if next(pieces, None) is None else content)
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import httpx
 import numpy as np
@@ -46,6 +48,8 @@ from fakes.orders import unverified
 from strategies.evaluation import EvaluationSums
 from strategies.identity import load_node_key, load_signing_key
 from strategies.records import Instruction, Reply
+
+T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 30.0
 POLL_SECONDS = 0.05
@@ -260,14 +264,13 @@ class HostileSite:
     ) -> bool:
         """Announce a message with any tree of objects, whether or not they are its own."""
         bare = message if message.has_error() else remove_content_from_message(message)
-        response = self.fleet.PushMessages(
-            PushMessagesRequest(
-                node=self.node,
-                messages_list=[message_to_proto(bare)],
-                message_object_trees=[tree],
-                clientapp_runtime_list=[0.1],
-            )
+        request = PushMessagesRequest(
+            node=self.node,
+            messages_list=[message_to_proto(bare)],
+            message_object_trees=[tree],
+            clientapp_runtime_list=[0.1],
         )
+        response = patiently(lambda: self.fleet.PushMessages(request))
         for object_id in response.objects_to_push:
             content = upload(object_id, objects[object_id])
             if content is not None:
@@ -335,6 +338,18 @@ def honest(site: HostileSite, asked: Asked) -> None:
     if asked.instruction.task == "train":
         site.kept[asked.instruction.server_round] = content
     site.send(asked, content)
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Make a call again, as a node does, while flower-superlink is too busy for its database."""
+    for seconds in (1, 2, 4, 8):
+        try:
+            return call()
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != httpx.codes.INTERNAL_SERVER_ERROR:
+                raise
+        time.sleep(seconds)
+    return call()
 
 
 def status_of(call: Callable[[], object]) -> int:

@@ -341,7 +341,7 @@ def honest(site: HostileSite, asked: Asked) -> None:
 
 
 def patiently(call: Callable[[], T]) -> T:
-    """Make a call again, as a node does, while flower-superlink is too busy for its database."""
+    """Make a call again where flower-superlink failed, as it once did under load: no misdeed."""
     for seconds in (1, 2, 4, 8):
         try:
             return call()

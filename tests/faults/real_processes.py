@@ -137,7 +137,9 @@ def wait_until_arrived(federation: Federation, site: str, server_round: int) -> 
     )  # fmt: skip
 
 
-def wait_until_back(federation: Federation, site: str, server_round: int) -> None:
+def wait_until_back(
+    federation: Federation, site: str, server_round: int, seconds: float = 120
+) -> None:
     """Wait until a site has contributed to a round, from this one on."""
     wait_until(
         lambda: any(
@@ -146,7 +148,7 @@ def wait_until_back(federation: Federation, site: str, server_round: int) -> Non
         ),
         f"site={site} contributes again",
         federation.logs,
-        seconds=180,
+        seconds,
     )
 
 

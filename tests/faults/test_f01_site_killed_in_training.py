@@ -46,7 +46,7 @@ def test_a_killed_site_is_done_without_until_it_is_back(federation: Federation) 
     assert federation.reasons()[2, "A"].startswith(("Flower error", "no reply within"))
     require_intact_logs(federation)
     federation.start_sites("A")
-    wait_until_back(federation, "A", 3)
+    wait_until_back(federation, "A", 3, seconds=180)
 
     # All of it, without a word: the coordinator can only wait for the deadline.
     seen: list[int] = []
@@ -62,7 +62,7 @@ def test_a_killed_site_is_done_without_until_it_is_back(federation: Federation) 
     wait_until(lambda: (killed_in, "C") in federation.outcomes(), "it ends", federation.logs)
     assert [federation.outcomes()[killed_in, site] for site in "ABC"] == ["ok", "ok", "missing"]
     assert federation.reasons()[killed_in, "C"] == f"no reply within {DEADLINE} s"
-    wait_until_back(federation, "C", killed_in + 1)
+    wait_until_back(federation, "C", killed_in + 1, seconds=180)
     # Flower takes a node that vanished for a minute more; the site waits for that and says so.
     assert "not admitted, revoked, or running elsewhere; trying again" in federation.log("C")
 
